@@ -1,0 +1,19 @@
+"""Unbiased multi-gradient optimisation: several losses, one step, no hand-tuned weights."""
+
+from mogd.optimizer import UnbiasedMultiGradient
+from mogd.priority import Fixed, Priority, Threshold
+from mogd.record import Record
+from mogd.rules import BisectorProjection, Constant, GramianRule, Rule, Weighting
+
+__all__ = [
+    "BisectorProjection",
+    "Constant",
+    "Fixed",
+    "GramianRule",
+    "Priority",
+    "Record",
+    "Rule",
+    "Threshold",
+    "UnbiasedMultiGradient",
+    "Weighting",
+]

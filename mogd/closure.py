@@ -1,0 +1,46 @@
+"""Base optimizers that evaluate the losses several times a step (L-BFGS)."""
+
+import inspect
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mogd.gradients import each
+from mogd.record import Record
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer.step`` cannot be called without a closure."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def reevaluation(
+    optimizer: Optimizer, closure: Callable[[], Iterable[Tensor]], record: Record
+) -> Callable[[], float]:
+    """One objective for the whole step: Σₖ κₖ Lₖ + κ_reg,ₖ Lₖ² with the weights of the record.
+
+    Its first call finds value and gradient in place, left by the ``backward`` of the record.
+    """
+    evaluated = False
+
+    def value(losses: Tensor) -> Tensor:
+        return (record.weights * losses + record.regularization * losses**2).sum()
+
+    def objective() -> float:
+        nonlocal evaluated
+        if not evaluated:
+            evaluated = True
+            return float(value(record.losses))
+        optimizer.zero_grad()
+        losses = []
+        with torch.enable_grad():
+            for index, (loss, retain_graph) in enumerate(each(closure())):
+                slope = record.weights[index] + 2 * record.regularization[index] * loss.detach()
+                torch.autograd.backward(loss, slope.to(loss), retain_graph=retain_graph)
+                losses.append(loss.detach().to(record.weights))
+        return float(value(torch.stack(losses)))
+
+    return objective

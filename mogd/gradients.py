@@ -1,0 +1,122 @@
+"""The gradient of each loss on its own, taken off the parameters' ``.grad``."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from mogd.moments import Gradients
+
+
+@dataclass
+class LossGradients:
+    """The value and the gradient of each loss, summed over one or more backward passes."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    gradients: list[Gradients] = field(default_factory=list)
+
+    def add(
+        self, losses: Iterable[Tensor], parameters: Sequence[Tensor], scaler: GradScaler | None
+    ) -> None:
+        """Run one backward pass a loss; every parameter's ``.grad`` is None afterwards.
+
+        Args:
+            losses: scalar tensors; an iterator is asked for the next only after the graph of the
+                one before is freed, anything else may share graph nodes among its losses.
+            parameters: leaves whose gradients to take.
+            scaler: multiplies each loss, hence the gradients, by its scale.
+
+        Raises:
+            TypeError: if ``losses`` is no iterable of tensors.
+            ValueError: if a loss is no scalar, has no graph, reaches none of the parameters or
+                has a sparse gradient; if there are none, or not as many as at the first call.
+        """
+        first = not self.losses
+        index = 0
+        for loss, retain_graph in each(losses):
+            if first:
+                self.losses.append(torch.zeros_like(loss, dtype=torch.float64, requires_grad=False))
+                self.gradients.append({})
+            elif index == len(self.losses):
+                raise ValueError(f"losses must be {index} as in the micro-batch before, got more")
+            for parameter in parameters:
+                parameter.grad = self.gradients[index].get(parameter)
+            scaled = loss if scaler is None else scaler.scale(loss)
+            torch.autograd.backward(scaled, retain_graph=retain_graph)
+            self.losses[index] += loss.detach()
+            self.gradients[index] = _take(parameters, index)
+            index += 1
+            del loss, scaled  # else they would outlive, with their graph, the making of the next
+        if index == 0:
+            raise ValueError("losses must hold at least one scalar tensor, got none")
+        if index < len(self.losses):
+            raise ValueError(
+                f"losses must be {len(self.losses)} as in the micro-batch before, got {index}"
+            )
+
+
+def each(losses: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Every loss with whether a later one may need its graph; checked one by one."""
+    if isinstance(losses, Tensor) and losses.dim() == 0:
+        raise TypeError("losses must be an iterable of scalar tensors, got one 0-dim tensor")
+    if not isinstance(losses, Iterable):
+        raise TypeError(
+            f"losses must be an iterable of scalar tensors, got {type(losses).__name__}"
+        )
+    shared = () if isinstance(losses, Iterator) else tuple(losses)
+    index = 0
+    for loss in shared or losses:
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"losses[{index}] must be a scalar tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"losses[{index}] must be a scalar, got shape {tuple(loss.shape)}")
+        if not loss.requires_grad:
+            raise ValueError(
+                f"losses[{index}] has no graph to differentiate: it was detached, or computed "
+                "under no_grad or from nothing that requires a gradient"
+            )
+        index += 1  # noqa: SIM113 (enumerate would keep the loss before alive)
+        yield loss.reshape(()), index < len(shared)
+        del loss
+
+
+def combine(loss_gradients: Sequence[Gradients], weights: Tensor) -> Gradients:
+    """Σₖ wₖ gₖ by parameter, written over the gradients.
+
+    Args:
+        loss_gradients: one mapping a loss.
+        weights: wₖ, shape ``(K,)``.
+    """
+    limit = torch.finfo(torch.float32).max  # what a weight may be in a float32 product
+    weights = weights.clamp(-limit, limit)
+    combined: Gradients = {}
+    for gradients, weight in zip(loss_gradients, weights, strict=True):
+        for parameter, gradient in gradients.items():
+            weight_here = weight.to(gradient.device)
+            if parameter in combined:
+                combined[parameter].addcmul_(gradient, weight_here.to(gradient.dtype))
+            else:
+                combined[parameter] = gradient.mul_(weight_here)
+    return combined
+
+
+def _take(parameters: Sequence[Tensor], index: int) -> Gradients:
+    taken: Gradients = {}
+    for position, parameter in enumerate(parameters):
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            continue
+        if gradient.layout is not torch.strided:
+            raise ValueError(
+                f"losses[{index}] gives parameter {position} of shape {tuple(parameter.shape)} "
+                f"a gradient of layout {gradient.layout}; only dense gradients are supported "
+                "(make the embedding with sparse=False)"
+            )
+        # A view belongs to another (a bucket of DistributedDataParallel): the next pass writes
+        # over it.
+        taken[parameter] = gradient.clone() if gradient._is_view() else gradient
+    if not taken:
+        raise ValueError(f"losses[{index}] reaches none of the optimizer's parameters")
+    return taken

@@ -1,0 +1,342 @@
+"""A torch optimizer for several losses, whose weights depend on past gradients alone."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from mogd import parallel
+from mogd.closure import needs_closure, reevaluation
+from mogd.gradients import LossGradients, combine
+from mogd.moments import Moments, norm
+from mogd.priority import Fixed, Priority, ask
+from mogd.record import Record
+from mogd.rules import BisectorProjection, GramianRule, Rule, conflicting
+
+
+class UnbiasedMultiGradient(Optimizer):
+    r"""Steps along a combination of several losses' gradients without biased weights.
+
+    .. code-block:: text
+
+        for each step t, losses L_k with gradients g_k:
+            κ, κ_reg = rule(⟨m_j, m_k⟩, v, priority(L))     # moments of steps before t
+            m_k ← β₁ m_k + (1 - β₁) g_k                     # bias-corrected when read
+            v_k ← β₂ v_k + (1 - β₂) ‖g_k‖
+            base optimizer steps along Σ_k (κ_k + 2 κ_reg,k L_k) g_k
+
+    Args:
+        params: parameters or parameter groups, as for any torch optimizer.
+        base: optimizer class, or callable, that takes ``(params, **base_options)``.
+        moment_decay: β₁ of the gradients' moments and β₂ of their norms', each in [0, 1).
+        rule: maps the moments to weights; a :class:`~mogd.rules.Rule`, or any function from the
+            Gramian, shape ``(K, K)``, to weights, shape ``(K,)``.
+        priority: which loss goes first in conflict; see :mod:`mogd.priority`.
+        nonfinite: what a loss or gradient that is not finite leads to: ``"raise"`` raises
+            ``FloatingPointError``, ``"skip"`` leaves everything as it was and counts the step in
+            :attr:`skipped`.
+        **base_options: go to ``base``: ``lr``, ``betas``, ``weight_decay``, …
+
+    Raises:
+        TypeError: if ``base`` does not make an optimizer, or ``rule`` or ``priority`` cannot be
+            called.
+        ValueError: if a decay is outside [0, 1) or ``nonfinite`` is unknown.
+
+    Attributes:
+        base: the optimizer that takes the steps; parameter groups and state are shared with it.
+        last: the :class:`Record` of the last ``backward``, None before the first.
+        distributed: whether the processes of an initialised ``torch.distributed`` train one model.
+
+    Source: Fan & Li, "Adversarial Training and Provable Robustness: A Tale of Two Objectives",
+    Algorithm 1.
+
+    >>> point = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    >>> optimizer = UnbiasedMultiGradient([point], lr=0.1)
+    >>> for _ in range(300):
+    ...     record = optimizer.step(lambda: (point[0] ** 2 + point[1] ** 2, (point - 2).norm()))
+    >>> record.conflict
+    tensor(True)
+    """
+
+    base: Optimizer
+    last: Record | None
+
+    def __init__(
+        self,
+        params: Any,
+        base: Callable[..., Optimizer] = torch.optim.SGD,
+        *,
+        moment_decay: tuple[float, float] = (0.9, 0.99),
+        rule: Rule | Callable[[Tensor], Tensor] = BisectorProjection(),  # noqa: B008 (frozen)
+        priority: Priority = Fixed(0),  # noqa: B008 (frozen)
+        nonfinite: Literal["raise", "skip"] = "raise",
+        **base_options: Any,
+    ) -> None:
+        if len(moment_decay) != 2 or not all(0.0 <= decay < 1.0 for decay in moment_decay):
+            raise ValueError(f"moment_decay must be two numbers in [0, 1), got {moment_decay!r}")
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
+        for name, value in (("base", base), ("rule", rule), ("priority", priority)):
+            if not callable(value):
+                raise TypeError(f"{name} must be callable, got {value!r}")
+        self.base = base(params, **base_options)
+        if not isinstance(self.base, Optimizer):
+            raise TypeError(
+                f"base must make a torch.optim.Optimizer, got {type(self.base).__name__}"
+            )
+        self.moment_decay = moment_decay
+        self.rule = rule if isinstance(rule, Rule) else GramianRule(rule)
+        self.priority = priority
+        self.nonfinite = nonfinite
+        self.distributed = True
+        self.last = None
+        self._moments: Moments | None = None
+        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._accumulating = False
+        self._pending: LossGradients | None = None  # micro-batches not yet combined
+        self._keep: Tensor | bool = True  # may the base step; a tensor to keep it on the device
+        super().__init__(self.base.param_groups, self.base.defaults)
+        self._share_with_base()
+
+    @property
+    def skipped(self) -> int:
+        """How many ``backward`` calls were dropped because something was not finite."""
+        return int(self._skipped)
+
+    def backward(
+        self, losses: Iterable[Tensor], *, scaler: GradScaler | None = None
+    ) -> Record | None:
+        """Differentiate each loss and leave the weighted gradient in the parameters' ``.grad``.
+
+        What ``.grad`` held before is replaced. Leaves other than the parameters get their own
+        ``.grad`` as usual.
+
+        Args:
+            losses: K scalar tensors. An iterator is consumed one loss at a time, each graph freed
+                before the next loss is made; the losses of a sequence may share a graph.
+            scaler: for mixed precision. It scales the losses given here *unscaled*; ``.grad`` is
+                left scaled, as ``scaler.unscale_`` and ``scaler.step`` expect, while the moments
+                see true gradients. An overflow leaves the moments alone and is for the scaler to
+                handle, whatever ``nonfinite`` says.
+
+        Returns:
+            The record that is also kept as :attr:`last`; None inside :meth:`accumulate`.
+
+        Raises:
+            TypeError, ValueError: if ``losses`` are not K scalars with graphs that reach the
+                parameters, K as before; if the priority names no loss or the rule no K weights.
+            FloatingPointError: if a loss or its gradient is not finite and ``nonfinite`` is
+                ``"raise"``; nothing has changed then.
+            RuntimeError: if processes that train one model hold different gradients or weights.
+        """
+        collected, self._pending = self._pending or LossGradients(), None
+        try:
+            collected.add(losses, self._parameters(), scaler)
+            if self._moments is not None and self._moments.losses != len(collected.losses):
+                raise ValueError(
+                    f"losses must be {self._moments.losses} as before, got {len(collected.losses)}"
+                )
+        except BaseException:
+            self.zero_grad()
+            raise
+        if self._accumulating:
+            self._pending = collected
+            return None
+        return self._apply(collected, scaler)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Inside, ``backward`` only adds up the gradients of each loss.
+
+        The first call outside combines the sums: micro-batches whose losses are divided by their
+        number give the step of the whole batch.
+        """
+        before, self._accumulating = self._accumulating, True
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Iterable[Tensor]] | None = None
+    ) -> Record | None:
+        """Let the base optimizer step along ``.grad``.
+
+        Args:
+            closure: returns the losses; with it, this is ``zero_grad``, ``backward`` and ``step``
+                in one. A base that evaluates the losses several times a step (L-BFGS) needs it,
+                and sees the same weights at each evaluation.
+
+        Returns:
+            The record of ``backward`` if a closure was given.
+
+        Raises:
+            RuntimeError: if accumulated gradients were never combined.
+            TypeError: if the base needs a closure and there is none.
+        """
+        record = None
+        if closure is not None:
+            self.zero_grad()
+            with torch.enable_grad():
+                record = self.backward(closure())
+        if self._pending is not None:
+            raise RuntimeError(
+                "gradients were accumulated but not combined: "
+                "the last backward() before step() belongs outside accumulate()"
+            )
+        keep, self._keep = self._keep, True
+        if keep is False:
+            return record
+        with torch.no_grad():
+            if isinstance(keep, Tensor):
+                self._masked_base_step(keep)
+            elif not needs_closure(self.base):
+                self.base.step()
+            elif closure is None or record is None:
+                raise TypeError(
+                    f"{type(self.base).__name__} evaluates the losses several times a step: "
+                    "call step(closure)"
+                )
+            else:
+                self.base.step(reevaluation(self.base, closure, record))
+        return record
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the parameters' ``.grad`` and drop what :meth:`accumulate` gathered."""
+        self._pending, self._keep = None, True
+        super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; its past gradients count as zero."""
+        if not any(group is param_group for group in self.base.param_groups):
+            self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state, the moments and the count of skipped steps; no code, only data."""
+        moments = None
+        if self._moments is not None:
+            moments = self._moments.state_dict(self._parameters())
+        return super().state_dict() | {
+            "moments": moments,
+            "moment_decay": list(self.moment_decay),
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, to the same bits.
+
+        Raises:
+            ValueError: if the state is another optimizer's or does not fit the parameters;
+                nothing has changed then.
+        """
+        missing = {"state", "param_groups", "moments", "moment_decay", "skipped"} - set(state_dict)
+        if missing:
+            raise ValueError(
+                f"state_dict lacks {sorted(missing)}: it is not of UnbiasedMultiGradient "
+                "(a base optimizer's own state loads through optimizer.base.load_state_dict)"
+            )
+        moments = None
+        beta_1, beta_2 = state_dict["moment_decay"]
+        if state_dict["moments"] is not None:
+            moments = Moments.from_state_dict(
+                state_dict["moments"], (beta_1, beta_2), self._parameters(), self._device()
+            )
+        super().load_state_dict(state_dict)
+        self.moment_decay = (beta_1, beta_2)
+        self._moments = moments
+        self._skipped = torch.tensor(state_dict["skipped"])
+        self._pending, self._keep = None, True
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("base", "moment_decay", "rule", "priority", "nonfinite", "distributed", "last")
+        private = ("_moments", "_skipped", "_pending", "_accumulating", "_keep")
+        return {name: self.__dict__[name] for name in names + private}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base" in state:  # from pickle or deepcopy
+            self.__dict__.update(state)
+            self._share_with_base()
+            super().__setstate__({})
+        else:  # from Optimizer.load_state_dict
+            self.base.__setstate__(state)
+            self._share_with_base()
+
+    def _share_with_base(self) -> None:
+        """Schedulers, clipping and scalers must see the groups and state the base works with."""
+        self.defaults = self.base.defaults
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _device(self) -> torch.device:
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
+
+    def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
+        """Weigh by the past, take in the present, combine (Algorithm 1)."""
+        device = self._device()
+        if self._moments is None:
+            self._moments = Moments(self.moment_decay, len(collected.losses), device)
+        losses = torch.stack([loss.to(device, torch.float64) for loss in collected.losses])
+        norms = torch.stack([norm(gradients, device) for gradients in collected.gradients])
+        unscale = None
+        if scaler is not None:
+            unscale = scaler.scale(torch.ones((), device=device)).reciprocal()
+            norms = norms * unscale
+        if self.distributed and parallel.world_size() > 1:
+            last_weights = torch.zeros_like(losses) if self.last is None else self.last.weights
+            losses = parallel.agree(losses, norms, last_weights)
+        keep = self._admit(losses.isfinite() & norms.isfinite(), scaler is not None)
+
+        gramian, norm_moments = self._moments.gramian(), self._moments.norms()
+        prioritized = ask(self.priority, losses)
+        weights, regularization = self.rule(gramian, norm_moments, prioritized)
+        self.last = Record(
+            losses,
+            weights,
+            regularization,
+            gramian,
+            norm_moments,
+            conflicting(gramian),
+            prioritized,
+        )
+        if keep is not False:
+            mask = keep if isinstance(keep, Tensor) else None
+            self._moments.update(collected.gradients, norms, scale=unscale, keep=mask)
+        if keep is not False or scaler is not None:
+            # d(κL + κ_reg L²) = (κ + 2 κ_reg L) dL (Algorithm 2, line 11)
+            totals = weights + 2.0 * regularization * losses
+            for parameter, gradient in combine(collected.gradients, totals).items():
+                parameter.grad = gradient
+        if scaler is None:
+            self._keep = keep
+        return self.last
+
+    def _admit(self, finite: Tensor, overflow_expected: bool) -> Tensor | bool:
+        """Whether the moments may see this step: a tensor where asking would wait for a GPU."""
+        if finite.is_cuda and (self.nonfinite == "skip" or overflow_expected):
+            self._skipped = self._skipped.to(finite.device) + ~finite.all()
+            return finite.all()
+        if finite.all():
+            return True
+        if self.nonfinite == "raise" and not overflow_expected:
+            names = [f"losses[{index}]" for index in (~finite).nonzero().flatten().tolist()]
+            raise FloatingPointError(f"not finite: {' and '.join(names)}, or the gradient of it")
+        self._skipped += 1
+        return False
+
+    def _masked_base_step(self, keep: Tensor) -> None:
+        """Step where ``keep`` is True; fused bases decide on the device, others ask it."""
+        if getattr(self.base, "_step_supports_amp_scaling", False):
+            fused: Any = self.base  # the protocol between GradScaler and fused optimizers
+            fused.grad_scale, fused.found_inf = None, (~keep).float()
+            self.base.step()
+            del fused.grad_scale, fused.found_inf
+        elif keep:
+            self.base.step()

@@ -1,0 +1,71 @@
+"""One answer in all processes of a data-parallel run.
+
+Gradients are averaged by ``DistributedDataParallel``; what else the weights see is averaged here.
+"""
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+UNAVERAGED = """\
+the processes hold different gradients of losses[{index}] (norms {norms}), so its gradients were \
+not averaged over the processes. With DistributedDataParallel, each loss needs a forward pass of \
+its own through the wrapped module, followed by its own backward pass, before the next loss: give \
+backward() a generator that yields the losses one by one. One forward pass for several losses, \
+all forward passes before the backward passes, a loss computed through ddp.module, and no_sync() \
+around the last micro-batch are not averaged. If every process is meant to train a model of its \
+own, set optimizer.distributed = False."""
+
+DISAGREEING = """\
+the processes weighed the losses differently at the last step (weights {weights}): the priority \
+answered from the data of its own process. Average what it measures with \
+mogd.parallel.average(...) before comparing."""
+
+
+def world_size() -> int:
+    """The number of processes of the default group; 1 where none was initialised."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+def average(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, the same bits in each; itself where there is one.
+
+    Args:
+        value: any shape, the same in each process.
+    """
+    if world_size() == 1:
+        return value
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / world_size()
+
+
+def agree(losses: Tensor, norms: Tensor, last_weights: Tensor) -> Tensor:
+    """The losses averaged over processes, after checking that these train one model.
+
+    The check looks at values, so it is left out where that would wait for a GPU.
+
+    Args:
+        losses: this process's losses, shape ``(K,)``.
+        norms: the norms of its averaged gradients, shape ``(K,)``.
+        last_weights: the weights it used last, shape ``(K,)``.
+
+    Raises:
+        RuntimeError: if the norms differ by more than 0.1 %, or the weights at all.
+    """
+    here = torch.stack([losses, norms, last_weights])
+    parts = [torch.empty_like(here) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, here)
+    all_losses, all_norms, all_weights = torch.stack(parts, dim=1)
+    if not here.is_cuda:
+        spread = all_norms.amax(0) - all_norms.amin(0)
+        differs = spread > 1e-3 * all_norms.amax(0)
+        if differs.any():
+            index = int(differs.nonzero()[0])
+            raise RuntimeError(UNAVERAGED.format(index=index, norms=all_norms[:, index].tolist()))
+        if (all_weights != all_weights[0]).any():
+            raise RuntimeError(DISAGREEING.format(weights=all_weights.tolist()))
+    average_losses: Tensor = all_losses.mean(0)
+    return average_losses

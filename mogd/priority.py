@@ -1,0 +1,97 @@
+"""Which loss goes first when two disagree (paper, Algorithm 1, line 16).
+
+A priority is any callable from the losses of a step, shape ``(K,)``, to the index of the one to
+favour: an int or a 0-dim integer tensor. It is asked after the gradients exist and before the
+weights do, so it may read the ``.grad`` of inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Priority(Protocol):
+    """The oracle of a conflict."""
+
+    def __call__(self, losses: Tensor, /) -> int | Tensor:
+        """The index of the loss to favour, given the detached losses, shape ``(K,)``."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Always favours the same loss.
+
+    Args:
+        index: position of the loss, at least 0.
+
+    Raises:
+        ValueError: if ``index`` is not an integer of at least 0.
+
+    >>> Fixed(1)(torch.tensor([3.0, 4.0]))
+    1
+    """
+
+    index: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
+            raise ValueError(f"index must be an integer of at least 0, got {self.index!r}")
+
+    def __call__(self, losses: Tensor) -> int:
+        return self.index
+
+
+@dataclass
+class Threshold:
+    """Favours the first loss while a measured quantity is at most ``limit``, else the second.
+
+    The paper's oracle: ``measure`` is the first-order stationary condition c(x_adv) of the
+    adversarial examples, ``limit`` the decreasing c_t. ``limit`` may be set at any time.
+
+    Args:
+        measure: function of the losses, shape ``(K,)``, that returns a 0-dim tensor.
+        limit: the largest value at which the first loss goes first.
+
+    >>> gap = Threshold(lambda losses: losses[1] - losses[0], limit=0.5)
+    >>> gap(torch.tensor([1.0, 1.2])), gap(torch.tensor([1.0, 2.0]))
+    (tensor(0), tensor(1))
+    """
+
+    measure: Callable[[Tensor], Tensor]
+    limit: float
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        return (self.measure(losses) > self.limit).long()
+
+
+def ask(priority: Priority, losses: Tensor) -> Tensor:
+    """The answer of a priority as a checked 0-dim integer tensor.
+
+    Args:
+        priority: the oracle.
+        losses: detached losses, shape ``(K,)``.
+
+    Raises:
+        TypeError: if the answer is neither an int nor a 0-dim integer tensor.
+        ValueError: if it is not an index of the losses; not looked at on a GPU, where that would
+            wait for the device.
+    """
+    answer = priority(losses)
+    if isinstance(answer, bool) or not isinstance(answer, int | Tensor):
+        raise TypeError(f"priority must return an integer, got {answer!r}")
+    if isinstance(answer, Tensor):
+        if answer.dim() != 0 or answer.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                "priority must return an int or a 0-dim integer tensor, "
+                f"got {answer.dtype} of shape {tuple(answer.shape)}"
+            )
+        if answer.is_cuda:
+            return answer
+    if not 0 <= int(answer) < losses.numel():
+        raise ValueError(
+            f"priority must return an index of {losses.numel()} losses, got {int(answer)}"
+        )
+    return torch.full((), int(answer), device=losses.device)

@@ -1,0 +1,204 @@
+"""From the Gramian of the moments to the weights of the losses (paper, Algorithm 1, lines 12-22).
+
+A rule never sees a gradient: all it knows are the inner products and the norm moments.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Weighting(NamedTuple):
+    """What a rule decides for K losses.
+
+    ``weights`` (κ, shape ``(K,)``) multiply the gradients; ``regularization`` (κ_reg, shape
+    ``(K,)``) multiplies the squared losses (paper, Algorithm 2, line 11).
+    """
+
+    weights: Tensor
+    regularization: Tensor
+
+
+class Rule(ABC):
+    """A map from the moments of K losses, and the index of the favoured one, to weights."""
+
+    @abstractmethod
+    def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
+        """Weigh K losses.
+
+        Args:
+            gramian: ⟨mⱼ, mₖ⟩ of the bias-corrected gradient moments, shape ``(K, K)``.
+            norms: vₖ, the bias-corrected moments of the gradients' 2-norms, shape ``(K,)``.
+            prioritized: index of the loss to favour in conflict, 0-dim integer tensor.
+
+        Returns:
+            Finite weights and regularisation, each of shape ``(K,)``.
+        """
+
+
+def conflicting(gramian: Tensor) -> Tensor:
+    """Whether two moments disagree: ⟨mⱼ, mₖ⟩ ≤ 0 for a pair j ≠ k, neither of them zero.
+
+    Args:
+        gramian: inner products of the moments, shape ``(K, K)``.
+
+    Returns:
+        0-dim bool tensor.
+
+    Source: paper, Algorithm 1, line 12. A zero moment has no direction to disagree about; what
+    the weights are does not depend on this reading (both branches are then the projection's).
+
+    >>> conflicting(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
+    tensor(True)
+    """
+    nonzero = gramian.diagonal() > 0
+    pairs = (nonzero[:, None] & nonzero[None, :]).triu(diagonal=1)
+    return (pairs & (gramian <= 0)).any()
+
+
+def bisector(gramian: Tensor, norms: Tensor) -> Tensor:
+    """Weights of the step along the bisector d = Σₖ mₖ/vₖ, as long as the mean projection on it.
+
+    κₖ = γ/vₖ with γ = ½ ⟨m₁ + m₂, d⟩ / ‖d‖² (paper, Algorithm 1, lines 13-14).
+
+    Args:
+        gramian: inner products of the moments, shape ``(2, 2)``.
+        norms: moments of the norms, shape ``(2,)``.
+
+    >>> bisector(torch.eye(2), torch.ones(2))
+    tensor([0.5000, 0.5000])
+    """
+    inverse = _divide(torch.ones_like(norms), norms)
+    onto_bisector = gramian @ inverse  # ⟨mₖ, d⟩
+    gamma = _divide(onto_bisector.mean(), inverse @ onto_bisector)
+    return gamma * inverse
+
+
+def projection(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
+    """Weights of the favoured gradient with its part along the other removed.
+
+    κᵢ = 1 for the favoured loss i and κⱼ = -⟨m₁, m₂⟩/vⱼ² for the other (paper, Algorithm 1,
+    lines 17 and 19).
+
+    Args:
+        gramian: inner products of the moments, shape ``(2, 2)``.
+        norms: moments of the norms, shape ``(2,)``.
+        prioritized: index i of the favoured loss, 0-dim integer tensor.
+
+    >>> projection(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), torch.ones(2), torch.tensor(0))
+    tensor([1.0000, 0.5000])
+    """
+    # Divided twice, not by the square: vⱼ² leaves the range of floats before the quotient does.
+    removed = _divide(_divide(-gramian[0, 1], norms), norms)
+    favoured = torch.arange(2, device=norms.device) == prioritized
+    return torch.where(favoured, torch.ones_like(norms), removed)
+
+
+@dataclass(frozen=True)
+class BisectorProjection(Rule):
+    """The paper's rule for two losses: bisector in agreement, projection in conflict.
+
+    Args:
+        regularization: κ_reg ≥ 0, the weight of ‖L₂‖² while a conflict favours the second loss
+            (½ in the paper).
+
+    Raises:
+        ValueError: if ``regularization`` is negative or not finite; on use, if K is not 2.
+
+    Where ⟨m₁, m₂⟩ → 0⁺ (unit moments) the weights tend to (½, ½); at 0 they jump to the unit
+    vector of the favoured loss, so the step jumps by ‖m₁ - m₂‖/2.
+
+    Source: paper, Algorithm 1, lines 12-22.
+    """
+
+    regularization: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.regularization < float("inf"):
+            raise ValueError(
+                f"regularization must be finite and at least 0, got {self.regularization!r}"
+            )
+
+    def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
+        if norms.numel() != 2:
+            raise ValueError(
+                f"BisectorProjection weighs 2 losses, got {norms.numel()}; "
+                "give UnbiasedMultiGradient another rule for more or fewer"
+            )
+        agreement = gramian[0, 1] > 0
+        weights = torch.where(
+            agreement, bisector(gramian, norms), projection(gramian, norms, prioritized)
+        )
+        seen = (norms > 0).any()
+        second = torch.arange(2, device=norms.device) == 1
+        regularized = seen & ~agreement & second & (prioritized == 1)
+        return Weighting(
+            torch.where(seen, weights, torch.full_like(weights, 0.5)),
+            self.regularization * regularized.to(norms),
+        )
+
+
+@dataclass(frozen=True)
+class Constant(Rule):
+    """The weighted sum of the losses: the same weights at every step, from the first on.
+
+    Args:
+        weights: one finite number a loss.
+
+    Raises:
+        ValueError: if ``weights`` is empty or not finite; on use, if K is another.
+
+    Source: paper, equation 5.
+    """
+
+    weights: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if not self.weights or not torch.tensor(self.weights).isfinite().all():
+            raise ValueError(
+                f"weights must be one finite number for each loss, got {self.weights!r}"
+            )
+
+    def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
+        if norms.numel() != len(self.weights):
+            raise ValueError(
+                f"Constant has weights for {len(self.weights)} losses, got {norms.numel()} losses"
+            )
+        weights = torch.stack([torch.full_like(norms[0], weight) for weight in self.weights])
+        return Weighting(weights, torch.zeros_like(weights))
+
+
+@dataclass(frozen=True)
+class GramianRule(Rule):
+    """Any function from a Gramian to weights, a weighting of another library for instance.
+
+    ``UnbiasedMultiGradient`` wraps a plain callable in this. The function gets the Gramian of the
+    moments, shape ``(K, K)``, instead of this batch's, so its weights become unbiased; before any
+    gradient has been seen the weights are 1/K.
+
+    Raises:
+        ValueError: on use, if the function returns anything but K weights.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
+        weights = self.function(gramian)
+        if not isinstance(weights, Tensor) or weights.shape != norms.shape:
+            found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(
+                f"rule must return a tensor of {norms.numel()} weights, got {found} "
+                f"from {self.function!r}"
+            )
+        unseen = torch.full_like(norms, 1.0 / norms.numel())
+        weights = torch.where((norms > 0).any(), weights.to(norms), unseen)
+        return Weighting(weights, torch.zeros_like(weights))
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, and 0 where the denominator is 0: a gradient never seen gets no weight."""
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)

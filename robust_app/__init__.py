@@ -1,0 +1,1 @@
+"""Certified robust training of image classifiers, built on :mod:`mogd`."""
