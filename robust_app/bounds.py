@@ -1,0 +1,332 @@
+"""Interval bound propagation (paper, section 2): boxes through layers, margins, certificates.
+
+A box is kept as centre and radius, so that an affine layer with weight W costs two products,
+one with W for the centre and one with |W| for the radius; only nonlinear layers ask for the
+lower and upper bounds. Bounds hold up to the rounding of floating-point arithmetic.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial, singledispatch
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robust_app.errors import UserError
+from robust_app.layers import Normalize, Residual
+
+_HOW_TO_REGISTER = "register a rule for it with @robust_app.bounds.propagate.register"
+_IN_TRAINING = "it is in training mode; call .eval() on it first"
+
+
+class UnsupportedLayer(UserError, TypeError):
+    """A layer, or a mode of it, for which :func:`propagate` has no sound rule."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The box of all tensors x with ``|x - center| <= radius`` in each entry.
+
+    ``center`` and ``radius`` (entries >= 0) share one shape, ``(batch, ...)`` for layers.
+    """
+
+    center: Tensor
+    radius: Tensor
+
+    @property
+    def lower(self) -> Tensor:
+        """The smallest value of each entry."""
+        return self.center - self.radius
+
+    @property
+    def upper(self) -> Tensor:
+        """The largest value of each entry."""
+        return self.center + self.radius
+
+    @classmethod
+    def between(cls, lower: Tensor, upper: Tensor) -> "Interval":
+        """The box with the given bounds, ``lower <= upper``, of one shape.
+
+        >>> Interval.between(torch.tensor([0.0]), torch.tensor([4.0]))
+        Interval(center=tensor([2.]), radius=tensor([2.]))
+        """
+        return cls((upper + lower) / 2, (upper - lower) / 2)
+
+    @classmethod
+    def around(cls, x: Tensor, epsilon: float | Tensor) -> "Interval":
+        """The l_inf ball S(x, ε) within the image domain [0, 1].
+
+        Args:
+            x: images in [0, 1], ``(batch, ...)``.
+            epsilon: radius >= 0 in pixels of [0, 1]; a number or a 0-dim tensor, whose value
+                is not looked at, so that it may live on a device without synchronising.
+
+        Raises:
+            ValueError: the number ``epsilon`` is below 0 or NaN.
+
+        >>> Interval.around(torch.tensor([0.0, 0.5]), 0.5)
+        Interval(center=tensor([0.2500, 0.5000]), radius=tensor([0.2500, 0.5000]))
+        """
+        if not (isinstance(epsilon, Tensor) or epsilon >= 0):
+            raise ValueError(f"epsilon must be at least 0, got {epsilon}")
+        return cls.between((x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1))
+
+
+@singledispatch
+def propagate(layer: nn.Module, interval: Interval) -> Interval:
+    """A box that holds ``layer(x)`` for every x of the given box.
+
+    There are rules for Linear, Conv2d, the non-decreasing activations, pooling, BatchNorm and
+    Dropout in evaluation, Flatten, Unflatten, Identity, Sequential, Normalize and Residual.
+    A rule for a layer of your own is registered on its type:
+
+    >>> class Double(nn.Module):
+    ...     def forward(self, x: Tensor) -> Tensor:
+    ...         return 2 * x
+    >>> @propagate.register
+    ... def double(layer: Double, interval: Interval) -> Interval:
+    ...     return Interval(2 * interval.center, 2 * interval.radius)
+    >>> propagate(Double(), Interval(torch.tensor([1.0]), torch.tensor([0.5])))
+    Interval(center=tensor([2.]), radius=tensor([1.]))
+
+    Raises:
+        UnsupportedLayer: there is no rule for this type of layer, or the layer is in a state
+            (training mode, a decreasing activation) in which its rule would not be sound.
+    """
+    del interval
+    raise _unsupported(layer, _HOW_TO_REGISTER)
+
+
+def margin_bounds(network: nn.Module, interval: Interval, labels: Tensor) -> Tensor:
+    """Lower bounds of the margins z_y - z_j over a box (paper, section 2).
+
+    A last linear layer is merged with the margins' specification, so that a margin is one
+    affine function of the last hidden box; this is never looser than bounding the logits first.
+    Differentiable with respect to the parameters.
+
+    Args:
+        network: from the box's shape to logits ``(batch, classes)``, all layers with a rule.
+        interval: boxes ``(batch, ...)``, as of :meth:`Interval.around`.
+        labels: the classes y, int64 ``(batch,)``.
+
+    Returns:
+        ``(batch, classes)``, m of the paper with 0 in column y.
+
+    Raises:
+        UnsupportedLayer: see :func:`propagate`.
+        ValueError: the logits are not of shape ``(batch, classes)`` or the labels not ``(batch,)``.
+
+    >>> box = Interval.around(torch.full((1, 2), 0.5), 0.25)
+    >>> margin_bounds(nn.Identity(), box, torch.tensor([0]))
+    tensor([[ 0.0000, -0.5000]])
+    """
+    *body, last = _flattened(network) or [network]
+    if _is_plainly(last, nn.Linear):
+        hidden = _through(body, interval)
+        logits, weight = last(hidden.center), last.weight
+    else:
+        hidden = propagate(last, _through(body, interval))
+        logits = hidden.center
+        weight = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            "expected logits of shape (batch, classes) and labels of shape (batch,),"
+            f" got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+
+    classes = len(weight)
+    # The radii for all pairs (y, j) in one product: for few classes much cheaper than a
+    # weight matrix W_y - W_j for each example.
+    differences = (weight.unsqueeze(1) - weight).abs().flatten(0, 1)
+    radii = F.linear(hidden.radius, differences).view(-1, classes, classes)
+    radius = radii.gather(1, labels.view(-1, 1, 1).expand(-1, 1, classes)).squeeze(1)
+    margins: Tensor = logits.gather(1, labels.unsqueeze(1)) - logits - radius
+    return margins
+
+
+@torch.no_grad()
+def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Tensor) -> Tensor:
+    """Whether interval bounds prove that no perturbation within ε changes the class.
+
+    Args:
+        network: see :func:`margin_bounds`; in evaluation mode.
+        x: images in [0, 1], ``(batch, ...)``.
+        labels: the true classes, int64 ``(batch,)``.
+        epsilon: l_inf radius >= 0 in pixels of [0, 1].
+
+    Returns:
+        Booleans ``(batch,)``: all margins over the other classes are above 0.
+
+    Raises:
+        UnsupportedLayer, ValueError: see :func:`margin_bounds` and :meth:`Interval.around`.
+
+    >>> certified(nn.Identity(), torch.tensor([[0.8, 0.4]]), torch.tensor([0]), 0.1)
+    tensor([True])
+    """
+    margins = margin_bounds(network, Interval.around(x, epsilon), labels)
+    others = margins.scatter(1, labels.unsqueeze(1), torch.inf)
+    return (others > 0).all(1)
+
+
+# --- The rules -------------------------------------------------------------------------------
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+_Rule = Callable[[Any, Interval], Interval]
+
+
+def _unsupported(layer: nn.Module, why: str) -> UnsupportedLayer:
+    return UnsupportedLayer(f"no bounds for the layer {type(layer).__name__}: {why}")
+
+
+def _is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
+    """Whether ``layer`` computes what ``kind`` computes: no subclass with another forward."""
+    return isinstance(layer, kind) and type(layer).forward is kind.forward
+
+
+def _rule(*kinds: type[nn.Module]) -> Callable[[_Rule], _Rule]:
+    """Register a rule for layers that are plainly of one of these kinds."""
+
+    def register(rule: _Rule) -> _Rule:
+        for kind in kinds:
+            propagate.register(kind, partial(_apply, rule, kind))
+        return rule
+
+    return register
+
+
+def _apply(rule: _Rule, kind: type[nn.Module], layer: nn.Module, interval: Interval) -> Interval:
+    # Dispatch finds the rules of base classes too, which say nothing about another forward.
+    if not _is_plainly(layer, kind):
+        raise _unsupported(layer, f"it overrides {kind.__name__}.forward; {_HOW_TO_REGISTER}")
+    return rule(layer, interval)
+
+
+def _flattened(network: nn.Module) -> list[nn.Module]:
+    """The layers of nested Sequentials as one list; any other module is one layer."""
+    if not _is_plainly(network, nn.Sequential):
+        return [network]
+    return [layer for child in network for layer in _flattened(child)]
+
+
+@_rule(nn.Sequential)
+def _through(layers: Iterable[nn.Module], interval: Interval) -> Interval:
+    for layer in layers:
+        interval = propagate(layer, interval)
+    return interval
+
+
+@_rule(Residual)
+def _residual(layer: Residual, interval: Interval) -> Interval:
+    body = propagate(layer.body, interval)
+    shortcut = propagate(layer.shortcut, interval)
+    return Interval(body.center + shortcut.center, body.radius + shortcut.radius)
+
+
+@_rule(nn.Linear)
+def _linear(layer: nn.Linear, interval: Interval) -> Interval:
+    return Interval(layer(interval.center), F.linear(interval.radius, layer.weight.abs()))
+
+
+@_rule(nn.Conv2d)
+def _conv2d(layer: nn.Conv2d, interval: Interval) -> Interval:
+    center = layer(interval.center)
+    # The layer's own method pads the radius as forward pads x. Copies of a pixel then count as
+    # pixels of their own: sound, and loose only where a kernel sees the pixel twice.
+    radius = layer._conv_forward(interval.radius, layer.weight.abs(), None)
+    return Interval(center, radius)
+
+
+@_rule(Normalize)
+def _normalize(layer: Normalize, interval: Interval) -> Interval:
+    return Interval(layer(interval.center), interval.radius / layer.std)
+
+
+@_rule(nn.BatchNorm1d, nn.BatchNorm2d)
+def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, interval: Interval) -> Interval:
+    if layer.training:
+        raise _unsupported(layer, _IN_TRAINING)
+    if layer.running_var is None:
+        raise _unsupported(layer, "it has no running statistics")
+    scale = torch.rsqrt(layer.running_var + layer.eps)
+    if layer.affine:
+        scale = scale * layer.weight.abs()
+    per_channel = scale.view(-1, *[1] * (interval.radius.ndim - 2))
+    return Interval(layer(interval.center), interval.radius * per_channel)
+
+
+@_rule(nn.Identity, nn.Flatten, nn.Unflatten, nn.AdaptiveAvgPool2d)
+def _averaging(layer: nn.Module, interval: Interval) -> Interval:
+    """A layer whose outputs are averages of inputs, of a single one perhaps."""
+    return Interval(layer(interval.center), layer(interval.radius))
+
+
+@_rule(nn.AvgPool2d)
+def _avg_pool2d(layer: nn.AvgPool2d, interval: Interval) -> Interval:
+    if layer.divisor_override is not None and layer.divisor_override < 0:
+        raise _unsupported(layer, "its divisor_override is below 0")
+    return _averaging(layer, interval)
+
+
+@_rule(
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+def _dropout(layer: nn.Module, interval: Interval) -> Interval:
+    if layer.training:
+        raise _unsupported(layer, _IN_TRAINING)
+    return interval
+
+
+@_rule(
+    nn.CELU,
+    nn.Hardshrink,
+    nn.Hardsigmoid,
+    nn.Hardtanh,
+    nn.LogSigmoid,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.Sigmoid,
+    nn.Softshrink,
+    nn.Softsign,
+    nn.Tanh,
+    nn.Tanhshrink,
+)
+def _non_decreasing(layer: nn.Module, interval: Interval) -> Interval:
+    return Interval.between(layer(interval.lower), layer(interval.upper))
+
+
+@_rule(nn.MaxPool2d, nn.AdaptiveMaxPool2d)
+def _max_pool2d(layer: nn.MaxPool2d | nn.AdaptiveMaxPool2d, interval: Interval) -> Interval:
+    if layer.return_indices:
+        raise _unsupported(layer, "it returns indices beside its values")
+    return _non_decreasing(layer, interval)
+
+
+# Activations that are non-decreasing for some values of their parameters: for these.
+_NON_DECREASING_IF: dict[type[nn.Module], Callable[[Any], bool]] = {
+    nn.ELU: lambda elu: elu.alpha >= 0,
+    nn.LeakyReLU: lambda leaky: leaky.negative_slope >= 0,
+    nn.PReLU: lambda prelu: bool((prelu.weight >= 0).all()),
+    # Where it turns linear it drops by log(1 + exp(-threshold)): nothing at the default 20.
+    nn.Softplus: lambda softplus: softplus.threshold >= 20,
+    nn.Threshold: lambda threshold: threshold.value <= threshold.threshold,
+}
+
+
+def _non_decreasing_if(
+    condition: Callable[[Any], bool], layer: nn.Module, interval: Interval
+) -> Interval:
+    if not condition(layer):
+        raise _unsupported(layer, f"{layer} decreases somewhere")
+    return _non_decreasing(layer, interval)
+
+
+for _kind, _condition in _NON_DECREASING_IF.items():
+    _rule(_kind)(partial(_non_decreasing_if, _condition))

@@ -1,0 +1,242 @@
+"""The command line: parse, make a Config, call."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from robust_app import config as configs
+from robust_app import curves, data, distributed, methods, models, reporting, session
+from robust_app.config import Config, unknown
+from robust_app.data import Dataset
+from robust_app.errors import UserError
+from robust_app.evaluation import VERIFIERS
+from robust_app.run_directory import RunDirectory, next_free
+from robust_app.training import Trainer
+
+app = typer.Typer(
+    help="Train and evaluate image classifiers with certified ℓ∞ robustness.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Folder of mnist, fashion-mnist and cifar10, as torchvision's.")
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch missing data into --data-root.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Option(help="Name from `robust-app recipes`, or a .toml file.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe."),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Length of the run; the recipe's whole schedule is scaled to it."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Overrides the recipe's.")] = None,
+    data_root: DataRoot = None,
+    download: Download = False,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run is kept; runs/RECIPE-N by default.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --run-dir.")
+    ] = False,
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="Pause after this epoch, to be resumed later.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Train a network; with no options, AdvIBP on the embedded digits in about a minute."""
+    console = Console()
+    if resume and run_dir is None:
+        raise UserError("--resume: say which run with --run-dir")
+    directory = RunDirectory(run_dir or next_free(Path("runs"), Path(recipe or "digits").stem))
+    stored = directory.config() if resume else None
+    config = _requested(stored, recipe, settings or [], epochs, seed)
+    if stored is not None and config != stored:
+        raise UserError(f"--resume: the run has {_differences(stored, config)}")
+    with distributed.join(device) as world:
+        dataset = data.load(config.dataset, data_root, download).to(world.device)
+        trainer = Trainer(config, dataset, world)
+        if not world.leads:
+            session.run(trainer, directory, reporting.Silent(), stop_after or config.epochs)
+            return
+        with directory.locked():
+            if not resume:
+                directory.start(config)
+            directory.describe_environment(world.device, world.size)
+            console.print(f"run directory: {directory.path}", soft_wrap=True)
+            _train_and_report(console, trainer, directory, dataset, stop_after)
+
+
+def _train_and_report(
+    console: Console,
+    trainer: Trainer,
+    directory: RunDirectory,
+    dataset: Dataset,
+    stop_after: int | None,
+) -> None:
+    config = trainer.config
+    until = min(stop_after or config.epochs, config.epochs)
+    again = f"robust-app train --run-dir {directory.path} --resume"
+    try:
+        with reporting.watcher(console, config.epochs) as watcher:
+            session.run(trainer, directory, watcher, until)
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted; all whole epochs are kept, continue with: {again}", soft_wrap=True
+        )
+        raise typer.Exit(130) from None
+    metrics = directory.metrics()
+    if metrics:
+        curves.draw(metrics, directory.curves_file)
+    if until < config.epochs:
+        console.print(f"paused after epoch {until}; continue with: {again}", soft_wrap=True)
+        return
+    _report(console, directory, dataset, config, "ibp")
+
+
+def _report(
+    console: Console,
+    directory: RunDirectory,
+    dataset: Dataset,
+    config: Config,
+    verifier: str,
+) -> None:
+    """Evaluate the run's networks on the test images; print and keep the errors."""
+    rows = []
+    for which in ("best", "last"):
+        if which == "best" and not directory.best_file.exists():
+            continue
+        network, epoch = session.load_network(directory, dataset, which)
+        network.to(dataset.x_test.device)
+        name = f"{which} (epoch {epoch})"
+        with reporting.evaluating(console, name, len(dataset.x_test)) as on_batch:
+            errors = session.measure(network, dataset, config, verifier, on_batch)
+        rows.append((name, errors))
+        directory.add_result(
+            {
+                "network": which,
+                "epoch": epoch,
+                "epsilon": config.evaluation_epsilon,
+                "verifier": verifier,
+            }
+            | {"pgd_steps": config.pgd_steps, "pgd_restarts": config.pgd_restarts}
+            | errors.as_dict()
+        )
+    title = (
+        f"{dataset.name}: {len(dataset.x_test)} test images, ε = {config.evaluation_epsilon:.4g}"
+    )
+    title += f", verified by {verifier}, PGD of {config.pgd_steps} steps"
+    console.print(reporting.errors_table(title, rows))
+
+
+@app.command()
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    epsilon: Annotated[
+        float | None, typer.Option(help="Radius in pixels of [0, 1]; the run's by default.")
+    ] = None,
+    verifier: Annotated[str, typer.Option(help=f"One of: {', '.join(VERIFIERS)}.")] = "ibp",
+    pgd_steps: Annotated[int | None, typer.Option(min=1, help="The run's by default.")] = None,
+    pgd_restarts: Annotated[int | None, typer.Option(min=1, help="The run's by default.")] = None,
+    data_root: DataRoot = None,
+    download: Download = False,
+    device: Device = "auto",
+) -> None:
+    """Standard, PGD and verified errors of a run's best and last network on the test images."""
+    directory = RunDirectory(run_dir)
+    config = directory.config()
+    if verifier not in VERIFIERS:
+        raise unknown("verifier", verifier, VERIFIERS)
+    changes: dict[str, Any] = {
+        "evaluation_epsilon": epsilon,
+        "pgd_steps": pgd_steps,
+        "pgd_restarts": pgd_restarts,
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    config = dataclasses.replace(config, **given)
+    with distributed.join(device) as world:
+        if not world.leads:
+            return
+        dataset = data.load(config.dataset, data_root, download).to(world.device)
+        _report(Console(), directory, dataset, config, verifier)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that `train --recipe` takes."""
+    rows = [(name, configs.recipe_description(name)) for name in configs.recipe_names()]
+    Console().print(reporting.listing(("recipe", "what it trains"), rows))
+
+
+@app.command("models")
+def list_models() -> None:
+    """List the networks that a recipe's `model` names."""
+    rows = [
+        (name, str(architecture), architecture.description)
+        for name, architecture in models.MODELS.items()
+    ]
+    Console().print(reporting.listing(("model", "hidden layers", "what it is"), rows))
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """List the methods that a recipe's `method` names."""
+    rows = [(name, method.description) for name, method in methods.METHODS.items()]
+    Console().print(reporting.listing(("method", "losses and weights"), rows))
+
+
+@app.command()
+def datasets() -> None:
+    """List the data sets that a recipe's `dataset` names."""
+    Console().print(reporting.listing(("data set", "what it holds"), data.DATASETS.items()))
+
+
+def _requested(
+    stored: Config | None,
+    recipe: str | None,
+    settings: list[str],
+    epochs: int | None,
+    seed: int | None,
+) -> Config:
+    """The configuration that the options describe, on top of a stored one if no recipe is named."""
+    if recipe is None and stored is not None:
+        config = stored
+    else:
+        config = configs.load_recipe(recipe or "digits")
+    if epochs is not None:
+        config = configs.with_epochs(config, epochs)
+    if seed is not None:
+        settings = [f"seed={seed}", *settings]
+    return configs.override(config, settings)
+
+
+def _differences(stored: Config, requested: Config) -> str:
+    """Every field in which two configurations differ, with both values."""
+    pairs = [
+        (field.name, getattr(stored, field.name), getattr(requested, field.name))
+        for field in dataclasses.fields(Config)
+    ]
+    return "; ".join(f"{name}: {old!r}, not {new!r}" for name, old, new in pairs if old != new)
+
+
+def main() -> None:
+    """Run the command line: status 0 done, 2 for what the user can mend, 130 on Ctrl-C."""
+    try:
+        app()
+    except UserError as error:
+        print(f"robust-app: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,334 @@
+"""Data sets as tensors on the device: images stay uint8, batches are index tensors.
+
+There are no loader processes: even CIFAR-10 is 180 MB, and indexing on the device is faster than
+any worker that would feed it.
+"""
+
+import dataclasses
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robust_app.config import unknown
+from robust_app.errors import UserError
+
+Arrays = Mapping[str, NDArray[Any]]
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+DATASETS = {
+    "digits": "UCI handwritten digits, 1,437 + 360 images of 1x8x8, in the package",
+    "mnist": "MNIST handwritten digits, 60,000 + 10,000 images of 1x28x28",
+    "fashion-mnist": "Fashion-MNIST articles of clothing, 60,000 + 10,000 images of 1x28x28",
+    "cifar10": "CIFAR-10 photographs, 50,000 + 10,000 images of 3x32x32",
+    "npz:PATH": f"a file of your own with the arrays {', '.join(KEYS)}",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and labels, all on one device.
+
+    Arguments:
+        name: as given to :func:`load`.
+        x_train, x_test: images (n, C, H, W), uint8 or float32 in [0, 1].
+        y_train, y_test: labels (n,), int64 in [0, classes).
+        classes: the number of classes.
+        mean, std: per channel (C,) in units of [0, 1], for a network's normalisation layer; None
+            where the pixels are used as they are.
+    """
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    classes: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        channels, height, width = self.x_train.shape[1:]
+        return channels, height, width
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """The same data on another device."""
+        return dataclasses.replace(self, **{key: getattr(self, key).to(device) for key in KEYS})
+
+
+class _Source(NamedTuple):
+    """Where torchvision keeps a data set below its root, and the name of its class there."""
+
+    class_name: str
+    folder: str
+    files: tuple[str, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+_IDX = tuple(
+    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+)
+_TORCHVISION = {
+    "mnist": _Source("MNIST", "MNIST/raw", _IDX),
+    "fashion-mnist": _Source("FashionMNIST", "FashionMNIST/raw", _IDX),
+    "cifar10": _Source(
+        "CIFAR10",
+        "cifar-10-batches-py",
+        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+}
+
+
+def load(name: str, data_root: Path | None = None, download: bool = False) -> Dataset:
+    """Load a data set of :data:`DATASETS` into memory, on the CPU.
+
+    ``npz:PATH`` reads ``x_train``, ``y_train``, ``x_test`` and ``y_test``: images of shape
+    (n, H, W), (n, C, H, W) or (n, H, W, C) with C in {1, 3}, as uint8 or as floats in [0, 1], and
+    labels (n,), non-negative integers. A shape that fits the last two is read as (n, C, H, W). The
+    number of classes is the largest label plus one.
+
+    Arguments:
+        name: a key of :data:`DATASETS`, ``npz:`` followed by a path.
+        data_root: folder that holds (or is to hold) the files of mnist, fashion-mnist and cifar10,
+            laid out as torchvision does.
+        download: fetch the files of those three where they are missing.
+
+    Raises:
+        UserError: the name is unknown, files are missing or damaged, or their content is not images
+            and labels as described.
+
+    >>> load("digits").image_shape
+    (1, 8, 8)
+    """
+    if name.startswith("npz:"):
+        return _assemble(name, _read_npz(Path(name.removeprefix("npz:"))))
+    if name == "digits":
+        with resources.as_file(resources.files("robust_app") / "digits.npz") as path:
+            return _assemble(name, _read_npz(path))
+    if name not in _TORCHVISION:
+        raise unknown("dataset", name, DATASETS)
+    if data_root is None:
+        raise UserError(f"dataset {name} needs --data-root, the folder its files lie in")
+    source = _TORCHVISION[name]
+    arrays = _read_torchvision(name, source, data_root, download)
+    return _assemble(name, arrays, source.mean, source.std)
+
+
+def _read_npz(path: Path) -> Arrays:
+    try:
+        with path.expanduser().open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("not a zip archive, or cut short")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                found = list(archive)
+                arrays = {key: archive[key] for key in KEYS if key in found}
+    except Exception as error:  # a damaged archive may raise almost anything
+        raise UserError(f"{path}: cannot be read as an .npz file ({_reason(error)})") from error
+    if len(arrays) < len(KEYS):
+        raise UserError(
+            f"{path}: expected the arrays {', '.join(KEYS)}, found {', '.join(found) or 'none'}"
+        )
+    return arrays
+
+
+def _read_torchvision(name: str, source: _Source, root: Path, download: bool) -> Arrays:
+    from torchvision import datasets
+
+    folder = root / source.folder
+    missing = [file for file in source.files if not (folder / file).is_file()]
+    if missing and not download:
+        raise UserError(
+            f"dataset {name}: {', '.join(missing)} not found in {folder}; "
+            "give another --data-root, or --download to fetch the files"
+        )
+    try:
+        parts = {
+            part: getattr(datasets, source.class_name)(root, train=train, download=download)
+            for part, train in (("train", True), ("test", False))
+        }
+    except Exception as error:  # a damaged file may raise almost anything
+        problem = (
+            f"cannot be downloaded to {folder} ({_reason(error)})"
+            if missing
+            else f"the files in {folder} are damaged ({_reason(error)}); "
+            "delete them and use --download to fetch them again"
+        )
+        raise UserError(f"dataset {name}: {problem}") from error
+    images = {f"x_{part}": np.asarray(data.data) for part, data in parts.items()}
+    labels = {f"y_{part}": np.asarray(data.targets) for part, data in parts.items()}
+    return images | labels
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _assemble(
+    name: str,
+    arrays: Arrays,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Dataset:
+    """Check the four arrays and make a Dataset of them."""
+    tensors = {}
+    for part in ("train", "test"):
+        x, y = f"x_{part}", f"y_{part}"
+        tensors[x] = _images(f"dataset {name}: {x}", arrays[x])
+        tensors[y] = _labels(f"dataset {name}: {y}", arrays[y])
+        if len(tensors[x]) != len(tensors[y]):
+            raise UserError(
+                f"dataset {name}: expected as many labels as images, "
+                f"found {len(tensors[y])} in {y} and {len(tensors[x])} in {x}"
+            )
+    train, test = (tuple(tensors[key].shape[1:]) for key in ("x_train", "x_test"))
+    if train != test:
+        raise UserError(
+            f"dataset {name}: expected training and test images of one shape (C, H, W), "
+            f"found {train} and {test}"
+        )
+    classes = 1 + max(int(tensors[key].max()) for key in ("y_train", "y_test"))
+    return Dataset(name=name, classes=classes, mean=mean, std=std, **tensors)
+
+
+def _images(where: str, x: NDArray[Any]) -> Tensor:
+    """Images as a tensor (n, C, H, W), uint8 or float32."""
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise UserError(
+            f"{where}: expected shape (n, H, W), (n, C, H, W) or (n, H, W, C) with C 1 or 3, "
+            f"found {x.shape}"
+        )
+    if x.size == 0:
+        raise UserError(f"{where}: expected at least one image, found shape {x.shape}")
+    if x.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(x))
+    if not np.issubdtype(x.dtype, np.floating):
+        raise UserError(f"{where}: expected uint8 or floats in [0, 1], found {x.dtype}")
+    outside = ~((x >= 0) & (x <= 1))  # NaN is outside too
+    if outside.any():
+        first = tuple(int(i) for i in np.argwhere(outside)[0])
+        raise UserError(
+            f"{where}: expected floats in [0, 1], found {outside.sum()} others, "
+            f"the first {x[first]} in image {first[0]}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+
+
+def _labels(where: str, y: NDArray[Any]) -> Tensor:
+    """Labels as a tensor (n,), int64."""
+    if y.ndim != 1:
+        raise UserError(f"{where}: expected shape (n,), found {y.shape}")
+    if not np.issubdtype(y.dtype, np.integer):
+        raise UserError(f"{where}: expected integers, found {y.dtype}")
+    y = y.astype(np.int64)
+    if (y < 0).any():
+        first = int(np.argmax(y < 0))
+        raise UserError(
+            f"{where}: expected labels of at least 0, found {(y < 0).sum()} below, "
+            f"the first {y[first]} at {first}"
+        )
+    return torch.from_numpy(y)
+
+
+def split(dataset: Dataset, held_out: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Set ``held_out`` of the training examples aside, drawn at random by ``seed`` alone.
+
+    Returns:
+        ``(train_x, train_y, valid_x, valid_y)``; the last two are empty where nothing is held out.
+
+    Raises:
+        UserError: ``held_out`` is negative or leaves no example to train on.
+
+    >>> [len(part) for part in split(load("digits"), held_out=144, seed=0)]
+    [1293, 1293, 144, 144]
+    """
+    count = len(dataset.x_train)
+    if not 0 <= held_out < count:
+        raise UserError(
+            f"held_out: expected 0 to {count - 1} of {count} training examples, found {held_out}"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    x, y = dataset.x_train, dataset.y_train
+    valid, train = order[:held_out].to(x.device), order[held_out:].to(x.device)
+    return x[train], y[train], x[valid], y[valid]
+
+
+def as_float(x: Tensor) -> Tensor:
+    """Pixels in [0, 1]: uint8 divided by 255 as float32, floats as they are; any shape.
+
+    >>> as_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    tensor([0.0000, 0.2000, 1.0000])
+    """
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+_PADDING = 4
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip each image left to right with probability ½ and shift it by up to four pixels.
+
+    The shift is a crop at random from the image padded with four zeros on every side.
+
+    Arguments:
+        x: images (n, C, H, W), of any dtype.
+        generator: on the device of ``x``.
+
+    Returns:
+        A new tensor of the shape and dtype of ``x``.
+    """
+    n, channels, height, width = x.shape
+
+    def draw(high: int) -> Tensor:
+        return torch.randint(high, (n, 1), generator=generator, device=x.device)
+
+    rows = draw(2 * _PADDING + 1) + torch.arange(height, device=x.device)  # (n, H)
+    columns = draw(2 * _PADDING + 1) + torch.arange(width, device=x.device)  # (n, W)
+    columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+    image = torch.arange(n, device=x.device)[:, None, None, None]
+    channel = torch.arange(channels, device=x.device)[:, None, None]
+    padded = F.pad(x, [_PADDING] * 4)
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def shuffled_batches(
+    count: int, batch_size: int, generator: torch.Generator, device: torch.device | str
+) -> Iterator[Tensor]:
+    """One epoch: index tensors (batch_size,) on ``device`` that draw from ``range(count)``.
+
+    No index comes twice; those of an incomplete last batch do not come at all. The order depends
+    on the generator, which may be on another device, and not on ``device``.
+
+    Raises:
+        UserError: ``batch_size`` is larger than ``count``.
+
+    >>> sum(len(batch) for batch in shuffled_batches(10, 4, torch.Generator(), "cpu"))
+    8
+    """
+    if batch_size > count:
+        raise UserError(
+            f"batch_size: expected at most the {count} training examples, found {batch_size}"
+        )
+    order = torch.randperm(count, generator=generator, device=generator.device).to(device)
+    last = count - batch_size
+    return (order[start : start + batch_size] for start in range(0, last + 1, batch_size))

@@ -1,0 +1,91 @@
+"""torchrun in, DistributedDataParallel out."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from robust_app.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one network.
+
+    Attributes:
+        rank: of this process, in [0, size).
+        size: number of processes.
+        device: of this process.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's part of a batch, every ``size``-th row: ``(batch / size, ...)``."""
+        return batch[self.rank :: self.size]
+
+    def wrap(self, objective: nn.Module) -> nn.Module:
+        """The module with its gradients averaged over the processes."""
+        if self.size == 1:
+            return objective
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The sum over the processes."""
+        if self.size > 1:
+            torch.distributed.all_reduce(counts)
+        return counts
+
+
+@contextmanager
+def join(device: str) -> Iterator[World]:
+    """The world that torchrun's environment describes; a process alone without it.
+
+    Args:
+        device: ``"auto"`` for a GPU where there is one, or a name that ``torch.device`` knows.
+
+    Raises:
+        UserError: if there is no such device here.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    chosen = _choose(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _choose(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device: no GPU {index} here, {torch.cuda.device_count()} found")
+        return torch.device("cuda", index)
+    return device

@@ -1,0 +1,152 @@
+"""What the user sees: a live line in a terminal, plain lines elsewhere, tables."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from robust_app.evaluation import Errors
+from robust_app.schedules import Setting
+from robust_app.training import Means
+
+REFRESH_SECONDS = 0.25  # reading the means waits for the device, so not after every batch
+
+
+class Silent:
+    """Watches for a process that does not speak."""
+
+    def batch(self, epoch: int, batch: int, batches: int, now: Setting, means: Means) -> None:
+        """Say nothing."""
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """Say nothing."""
+
+
+class Lines(Silent):
+    """A plain line after each epoch.
+
+    Args:
+        console: where to.
+        epochs: length of the run.
+    """
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        self.console, self.epochs = console, epochs
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """Print the epoch."""
+        line = f"epoch {metrics['epoch']:>{len(str(self.epochs))}}/{self.epochs}  "
+        line += f"{metrics['phase']:<11}  {summary(metrics)}"
+        if metrics["verified_error"] is not None:
+            line += f"  held out: standard {metrics['standard_error']:.2f}%"
+            line += f" verified {metrics['verified_error']:.2f}%"
+        self.console.print(f"{line}  {metrics['seconds']:.1f}s", highlight=False, soft_wrap=True)
+
+
+class Live(Lines):
+    """The lines, and below them the epoch in progress.
+
+    Args:
+        console: a terminal.
+        epochs: length of the run.
+        progress: shown by the caller.
+    """
+
+    def __init__(self, console: Console, epochs: int, progress: Progress) -> None:
+        super().__init__(console, epochs)
+        self.progress = progress
+        self.task = progress.add_task("", total=None, values="")
+        self.refreshed = 0.0
+
+    def batch(self, epoch: int, batch: int, batches: int, now: Setting, means: Means) -> None:
+        """Show losses, ε, c_t, weights and share of conflicts, a few times a second."""
+        if time.monotonic() - self.refreshed < REFRESH_SECONDS and batch < batches:
+            return
+        self.refreshed = time.monotonic()
+        values = {"epsilon": now.epsilon, "fosc_threshold": now.fosc_threshold, **means.read()}
+        self.progress.update(
+            self.task,
+            description=f"epoch {epoch + 1}/{self.epochs} {now.phase.value}",
+            completed=batch,
+            total=batches,
+            values=summary(values),
+        )
+
+
+def summary(values: dict[str, Any]) -> str:
+    """Losses, weights, share of conflicts, ε and c_t of an epoch, those that it has.
+
+    >>> summary({"epsilon": 0.1, "fosc_threshold": 0.0, "natural_loss": 0.5})
+    'natural 0.500  ε 0.1000'
+    """
+    parts = []
+    for name in ("natural", "adversarial", "certified"):
+        if f"{name}_loss" in values:
+            part = f"{name} {values[f'{name}_loss']:.3f}"
+            if f"{name}_weight" in values:
+                part += f" ×{values[f'{name}_weight']:.2f}"
+            parts.append(part)
+    if "conflicts" in values:
+        parts.append(f"conflicts {values['conflicts']:.0%}")
+    parts.append(f"ε {values['epsilon']:.4f}")
+    if "conflicts" in values:
+        parts.append(f"c_t {values['fosc_threshold']:.1e}")
+    return "  ".join(parts)
+
+
+@contextmanager
+def watcher(console: Console, epochs: int) -> Iterator[Lines]:
+    """What fits where the output goes: live in a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        yield Lines(console, epochs)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield Live(console, epochs, progress)
+
+
+@contextmanager
+def evaluating(console: Console, what: str, images: int) -> Iterator[Callable[[int], None]]:
+    """A bar while images are attacked and verified; yields what to tell of each batch."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(what, total=images)
+        yield lambda count: progress.update(task, advance=count)
+
+
+def errors_table(title: str, rows: Iterable[tuple[str, Errors]]) -> Table:
+    """Standard, PGD and verified error with their counts, a row a network."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("network")
+    for column in ("standard", "PGD", "verified", "certified", "falsified", "undecided"):
+        table.add_column(column, justify="right")
+    for name, errors in rows:
+        table.add_row(
+            name,
+            *(f"{value:.2f}%" for value in (errors.standard, errors.attacked, errors.verified)),
+            *(str(count) for count in (errors.certified, errors.falsified, errors.undecided)),
+        )
+    return table
+
+
+def listing(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """What there is, a row each."""
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    return table

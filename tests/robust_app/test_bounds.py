@@ -1,0 +1,451 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from robust_app.bounds import (
+    Interval,
+    UnsupportedLayer,
+    certified,
+    margin_bounds,
+    propagate,
+)
+from robust_app.errors import UserError
+from robust_app.layers import Normalize, Residual
+
+ROUNDING = 1e-9  # all tests that compare to it run in float64
+
+VECTOR, IMAGE = (6,), (2, 5, 4)
+
+
+def batch_norm(layer):
+    """With statistics and weights that are not the initial ones, some of the weights negative."""
+    generator = torch.Generator().manual_seed(0)
+    layer.running_mean.normal_(generator=generator)
+    layer.running_var.uniform_(0.1, 2, generator=generator)
+    if layer.affine:
+        nn.init.normal_(layer.weight, generator=generator)
+        nn.init.normal_(layer.bias, generator=generator)
+    return layer
+
+
+AFFINE = {
+    "linear": (nn.Linear(6, 3), VECTOR),
+    "linear without bias": (nn.Linear(6, 3, bias=False), VECTOR),
+    "conv": (nn.Conv2d(2, 3, 3, padding=1), IMAGE),
+    "conv with stride": (nn.Conv2d(2, 3, (3, 2), stride=2, bias=False), IMAGE),
+    "conv with groups": (nn.Conv2d(2, 4, 3, groups=2), IMAGE),
+    "conv with dilation": (nn.Conv2d(2, 2, 2, dilation=2, padding="same"), IMAGE),
+    "conv circular": (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), IMAGE),
+    "normalize": (Normalize([0.3, -0.5], [0.5, 2.0]), IMAGE),
+    "identity": (nn.Identity(), VECTOR),
+    "flatten": (nn.Flatten(), IMAGE),
+    "unflatten": (nn.Unflatten(1, (2, 3)), VECTOR),
+    "average pool": (nn.AvgPool2d(2, stride=1, padding=1), IMAGE),
+    "average pool, divisor": (nn.AvgPool2d(3, divisor_override=2), IMAGE),
+    "adaptive average pool": (nn.AdaptiveAvgPool2d((2, 3)), IMAGE),
+    "batch norm 1d": (batch_norm(nn.BatchNorm1d(6)), VECTOR),
+    "batch norm 1d, sequence": (batch_norm(nn.BatchNorm1d(6)), (6, 2)),
+    "batch norm 2d": (batch_norm(nn.BatchNorm2d(2)), IMAGE),
+    "batch norm 2d, not affine": (batch_norm(nn.BatchNorm2d(2, affine=False)), IMAGE),
+    "dropout": (nn.Dropout(0.5), VECTOR),
+    "dropout 1d": (nn.Dropout1d(0.5), (6, 2)),
+    "dropout 2d": (nn.Dropout2d(0.5), IMAGE),
+    "dropout 3d": (nn.Dropout3d(0.5), (2, 2, 2, 2)),
+    "alpha dropout": (nn.AlphaDropout(0.5), VECTOR),
+    "feature alpha dropout": (nn.FeatureAlphaDropout(0.5), VECTOR),
+}
+
+MONOTONE = {
+    "relu": (nn.ReLU(), VECTOR),
+    "relu in place": (nn.ReLU(inplace=True), VECTOR),
+    "relu6": (nn.ReLU6(), VECTOR),
+    "hardtanh": (nn.Hardtanh(-0.5, 1.5), VECTOR),
+    "leaky relu": (nn.LeakyReLU(0.1), VECTOR),
+    "prelu": (nn.PReLU(6, init=0.3), VECTOR),
+    "elu": (nn.ELU(0.7), VECTOR),
+    "celu": (nn.CELU(0.7), VECTOR),
+    "celu with alpha below 0": (nn.CELU(-0.7), VECTOR),
+    "selu": (nn.SELU(), VECTOR),
+    "sigmoid": (nn.Sigmoid(), VECTOR),
+    "hardsigmoid": (nn.Hardsigmoid(), VECTOR),
+    "log sigmoid": (nn.LogSigmoid(), VECTOR),
+    "tanh": (nn.Tanh(), VECTOR),
+    "tanhshrink": (nn.Tanhshrink(), VECTOR),
+    "softplus": (nn.Softplus(2.0), VECTOR),
+    "softsign": (nn.Softsign(), VECTOR),
+    "softshrink": (nn.Softshrink(0.4), VECTOR),
+    "hardshrink": (nn.Hardshrink(0.4), VECTOR),
+    "threshold": (nn.Threshold(0.2, -1.0), VECTOR),
+    "max pool": (nn.MaxPool2d(2, stride=1, padding=1), IMAGE),
+    "max pool, dilated": (nn.MaxPool2d(2, dilation=2, ceil_mode=True), IMAGE),
+    "adaptive max pool": (nn.AdaptiveMaxPool2d(2), IMAGE),
+}
+
+COMPOSITE = {
+    "conv reflect": (nn.Conv2d(2, 2, 3, padding=2, padding_mode="reflect"), IMAGE),
+    "conv replicate": (nn.Conv2d(2, 2, 3, padding=(2, 1), padding_mode="replicate"), IMAGE),
+    "sequential": (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), VECTOR),
+    "residual": (Residual(nn.Sequential(nn.Linear(6, 6), nn.ReLU())), VECTOR),
+    "residual, shortcut": (Residual(nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3)), IMAGE),
+    "network": (
+        nn.Sequential(
+            Normalize([0.5, 0.4], [0.3, 0.2]),
+            nn.Conv2d(2, 4, 3, padding=1),
+            batch_norm(nn.BatchNorm2d(4)),
+            nn.ReLU(),
+            Residual(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.LeakyReLU(0.2))),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4 * 2 * 2, 5),
+        ),
+        IMAGE,
+    ),
+}
+
+for layer, _ in (AFFINE | MONOTONE | COMPOSITE).values():
+    layer.double().eval()
+
+
+def parametrize(cases):
+    return pytest.mark.parametrize(("layer", "shape"), cases.values(), ids=cases.keys())
+
+
+@st.composite
+def boxes(draw, shape, batch=2):
+    """Boxes of all sizes, near and far from the origin, with some sides of length 0."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    scale = draw(st.floats(0, 4))
+    size = draw(st.floats(0, 3))
+    center = torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
+    radius = torch.rand(batch, *shape, generator=generator, dtype=torch.float64)
+    return Interval(scale * center, size * radius * (radius > 0.1))
+
+
+def points(box, count=6):
+    """Both extreme corners, random corners and random points of a box."""
+    yield box.lower
+    yield box.upper
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        direction = 2 * torch.rand(box.center.shape, generator=generator, dtype=torch.float64) - 1
+        yield box.center + box.radius * direction
+        yield box.center + box.radius * direction.sign()
+
+
+def linear(weight, bias):
+    layer = nn.Linear(len(weight[0]), len(weight))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weight))
+        layer.bias.copy_(torch.tensor(bias))
+    return layer
+
+
+def random_network(seed, classes=3):
+    """Three affine layers and one nested Sequential, of float64, for images (2, 5, 4)."""
+    torch.manual_seed(seed)
+    features = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 16))
+    return nn.Sequential(
+        features, nn.Sequential(nn.ReLU(), nn.Linear(16, classes, bias=True))
+    ).double()
+
+
+# --- Interval
+
+
+def test_around_is_the_ball_within_the_image_domain():
+    box = Interval.around(torch.tensor([0.0, 0.125, 0.5, 1.0]), 0.25)
+    torch.testing.assert_close(box.lower, torch.tensor([0.0, 0.0, 0.25, 0.75]))
+    torch.testing.assert_close(box.upper, torch.tensor([0.25, 0.375, 0.75, 1.0]))
+
+
+def test_around_takes_epsilon_as_a_tensor():
+    x = torch.rand(2, 3)
+    box = Interval.around(x, torch.tensor(0.25))
+    torch.testing.assert_close(box.lower, Interval.around(x, 0.25).lower)
+    torch.testing.assert_close(box.upper, Interval.around(x, 0.25).upper)
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, math.nan])
+def test_around_refuses_an_epsilon_that_is_no_radius(epsilon):
+    with pytest.raises(ValueError, match="epsilon must be at least 0"):
+        Interval.around(torch.zeros(1), epsilon)
+
+
+def test_between_has_the_bounds_given():
+    lower, upper = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 2.0])
+    box = Interval.between(lower, upper)
+    assert torch.equal(box.lower, lower)
+    assert torch.equal(box.upper, upper)
+    assert torch.equal(box.center, torch.tensor([1.0, 2.0]))
+    assert torch.equal(box.radius, torch.tensor([2.0, 0.0]))
+
+
+# --- propagate
+
+
+def test_two_layers_by_hand():
+    network = nn.Sequential(
+        linear([[1.0, -1.0], [2.0, 1.0]], [0.0, -3.0]),
+        nn.ReLU(),
+        linear([[1.0, -2.0]], [0.5]),
+    )
+    box = Interval.between(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
+    # z1 = x1 - x2 in [-2, 1], z2 = 2 x1 + x2 - 3 in [-3, 1]; after ReLU both in [0, 1];
+    # h1 - 2 h2 + 0.5 in [-1.5, 1.5].
+    output = propagate(network, box)
+    torch.testing.assert_close(output.lower, torch.tensor([[-1.5]]))
+    torch.testing.assert_close(output.upper, torch.tensor([[1.5]]))
+
+
+@parametrize(AFFINE)
+@given(data=st.data())
+@settings(max_examples=4, deadline=None)
+def test_affine_rules_are_exact(layer, shape, data):
+    """Bounds of an affine layer, from its Jacobian J: J c + b and |J| r."""
+    box = data.draw(boxes(shape, batch=1))
+    jacobian = torch.autograd.functional.jacobian(layer, box.center)
+    expected = layer(box.center)
+    radius = jacobian.view(expected.numel(), -1).abs() @ box.radius.flatten()
+    output = propagate(layer, box)
+    torch.testing.assert_close(output.center, expected)
+    torch.testing.assert_close(output.radius, radius.view_as(expected))
+
+
+@parametrize(MONOTONE)
+@given(data=st.data())
+@settings(max_examples=4, deadline=None)
+def test_monotone_rules_are_exact(layer, shape, data):
+    box = data.draw(boxes(shape))
+    output = propagate(layer, box)
+    torch.testing.assert_close(output.lower, layer(box.lower))
+    torch.testing.assert_close(output.upper, layer(box.upper))
+
+
+@parametrize(AFFINE | MONOTONE | COMPOSITE)
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_rules_are_sound(layer, shape, data):
+    box = data.draw(boxes(shape))
+    with torch.no_grad():
+        output = propagate(layer, box)
+        for x in points(box):
+            value = layer(x.clone())
+            assert (value >= output.lower - ROUNDING).all()
+            assert (value <= output.upper + ROUNDING).all()
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_copies_the_bounds_of_pixels(mode):
+    layer = nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode=mode)
+    plain = nn.Conv2d(2, 3, 3)
+    plain.load_state_dict(layer.state_dict())
+    x, radius = torch.randn(1, *IMAGE), torch.rand(1, *IMAGE)
+    padded = Interval(*(nn.functional.pad(t, (1, 1, 2, 2), mode=mode) for t in (x, radius)))
+    output, expected = propagate(layer, Interval(x, radius)), propagate(plain, padded)
+    torch.testing.assert_close(output.center, expected.center)
+    torch.testing.assert_close(output.radius, expected.radius)
+
+
+def test_a_layer_used_twice_counts_twice():
+    double = linear([[2.0, 0.0], [0.0, 2.0]], [0.0, 0.0])
+    network = nn.Sequential(double, double)
+    box = Interval(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.5, 0.25]]))
+    torch.testing.assert_close(propagate(network, box).upper, torch.tensor([[10.0, 5.0]]))
+    margins = margin_bounds(network, box, torch.tensor([0]))
+    torch.testing.assert_close(margins, torch.tensor([[0.0, 1.0]]))  # 4 (2 - 1 - 0.75)
+
+
+def test_users_register_rules_for_their_layers():
+    class Negative(nn.Module):
+        def forward(self, x):
+            return -x
+
+    @propagate.register
+    def negative(layer: Negative, interval: Interval) -> Interval:
+        return Interval(layer(interval.center), interval.radius)
+
+    network = nn.Sequential(Negative(), nn.ReLU())
+    output = propagate(network, Interval(torch.tensor([1.0]), torch.tensor([3.0])))
+    assert torch.equal(output.lower, torch.tensor([0.0]))
+    assert torch.equal(output.upper, torch.tensor([2.0]))
+
+
+class DoubledSequential(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class ShiftedLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.GELU(), nn.Softmax(1), nn.Conv1d(1, 1, 1), DoubledSequential(), ShiftedLinear(2, 2)],
+)
+def test_a_layer_without_a_rule_is_refused_by_name(layer):
+    box = Interval(torch.zeros(1, 2), torch.ones(1, 2))
+    message = rf"no bounds for the layer {type(layer).__name__}: .*propagate\.register"
+    for network in (layer, nn.Sequential(nn.Identity(), layer)):
+        with pytest.raises(UnsupportedLayer, match=message):
+            propagate(network, box)
+        with pytest.raises(UnsupportedLayer, match=message):
+            margin_bounds(network, box, torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.BatchNorm2d(2).train(), "BatchNorm2d: it is in training mode"),
+        (nn.Dropout(0.5).train(), "Dropout: it is in training mode"),
+        (nn.BatchNorm2d(2, track_running_stats=False).eval(), "no running statistics"),
+        (nn.LeakyReLU(-0.1), r"LeakyReLU\(negative_slope=-0.1\) decreases"),
+        (nn.PReLU(init=-0.1), "PReLU"),
+        (nn.ELU(-1.0), "ELU"),
+        (nn.Softplus(threshold=1), "Softplus"),
+        (nn.Threshold(0.0, 1.0), "Threshold"),
+        (nn.AvgPool2d(2, divisor_override=-1), "divisor_override is below 0"),
+        (nn.MaxPool2d(2, return_indices=True), "returns indices"),
+        (nn.AdaptiveMaxPool2d(2, return_indices=True), "returns indices"),
+    ],
+)
+def test_a_layer_in_an_unsound_state_is_refused(layer, message):
+    with pytest.raises(UnsupportedLayer, match=message):
+        propagate(layer, Interval(torch.zeros(1, *IMAGE), torch.ones(1, *IMAGE)))
+
+
+def test_a_refusal_is_an_error_of_the_user_and_of_type():
+    assert issubclass(UnsupportedLayer, UserError)
+    assert issubclass(UnsupportedLayer, TypeError)
+
+
+# --- margins
+
+
+def test_margins_of_a_linear_network_by_hand():
+    network = linear([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [0.0, 0.0, -1.0])
+    box = Interval(torch.tensor([[3.0, 1.0]]), torch.tensor([[0.5, 0.25]]))
+    # z = (3, 1, 3); z0 - z1 = x1 - x2 is 2 -+ 0.75, z0 - z2 = 1 - x2 is 0 -+ 0.25.
+    margins = margin_bounds(network, box, torch.tensor([0]))
+    torch.testing.assert_close(margins, torch.tensor([[0.0, 1.25, -0.25]]))
+
+
+@given(seed=st.integers(0, 1000), epsilon=st.floats(0, 0.5))
+@settings(max_examples=20, deadline=None)
+def test_merged_margins_are_those_of_each_pair_alone(seed, epsilon):
+    network = random_network(seed)
+    features, last = network[0], network[1][1]
+    x = torch.rand(3, *IMAGE, dtype=torch.float64)
+    labels = torch.tensor([0, 2, 1])
+    box = Interval.around(x, epsilon)
+    with torch.no_grad():
+        margins = margin_bounds(network, box, labels)
+        hidden = propagate(nn.Sequential(features, nn.ReLU()), box)
+        for i, y in enumerate(labels):
+            for j in range(3):
+                specification = last.weight[y] - last.weight[j]
+                center = specification @ hidden.center[i] + last.bias[y] - last.bias[j]
+                expected = center - specification.abs() @ hidden.radius[i]
+                torch.testing.assert_close(margins[i, j], expected)
+
+
+@given(seed=st.integers(0, 1000), epsilon=st.floats(0, 0.5))
+@settings(max_examples=20, deadline=None)
+def test_margins_are_sound_and_merging_never_loosens_them(seed, epsilon):
+    network = random_network(seed)
+    x = torch.rand(2, *IMAGE, dtype=torch.float64)
+    labels = torch.tensor([0, 2])
+    box = Interval.around(x, epsilon)
+    with torch.no_grad():
+        merged = margin_bounds(network, box, labels)
+        unmerged = margin_bounds(nn.Sequential(network, nn.Identity()), box, labels)
+        logits = propagate(network, box)
+        at_label = logits.lower.gather(1, labels[:, None])
+        by_definition = (at_label - logits.upper).scatter(1, labels[:, None], 0.0)
+        torch.testing.assert_close(unmerged, by_definition)
+        assert (merged >= unmerged - ROUNDING).all()
+        for point in points(box):
+            z = network(point)
+            assert (z.gather(1, labels[:, None]) - z >= merged - ROUNDING).all()
+
+
+def test_without_perturbation_the_margins_are_exact():
+    network = random_network(0)
+    x, labels = torch.rand(4, *IMAGE, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        logits = network(x)
+        margins = margin_bounds(network, Interval.around(x, 0.0), labels)
+    torch.testing.assert_close(margins, logits.gather(1, labels[:, None]) - logits)
+    assert (margins.gather(1, labels[:, None]) == 0).all()
+
+
+def test_margins_have_the_gradients_of_finite_differences():
+    network = random_network(5)
+    parameters = tuple(p.detach().requires_grad_() for p in network.parameters())
+    names = [name for name, _ in network.named_parameters()]
+    x, labels = torch.rand(2, *IMAGE, dtype=torch.float64), torch.tensor([1, 2])
+
+    class Margins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return margin_bounds(self.network, Interval.around(x, 0.1), labels)
+
+    def margins(*values):
+        by_name = {f"network.{name}": value for name, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(Margins(), by_name, (x,))
+
+    assert torch.autograd.gradcheck(margins, parameters, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("network", "labels", "shapes"),
+    [
+        (nn.Identity(), torch.tensor([0]), r"\(1, 2, 5, 4\) and \(1,\)"),
+        (nn.Linear(4, 3), torch.tensor([0]), r"\(1, 2, 5, 3\) and \(1,\)"),
+        (nn.Flatten(), torch.tensor([[0]]), r"\(1, 40\) and \(1, 1\)"),
+        (nn.Flatten(), torch.tensor([0, 1]), r"\(1, 40\) and \(2,\)"),
+    ],
+)
+def test_margins_of_what_is_no_classifier_are_refused(network, labels, shapes):
+    with pytest.raises(ValueError, match=shapes):
+        margin_bounds(network, Interval(torch.zeros(1, *IMAGE), torch.ones(1, *IMAGE)), labels)
+
+
+# --- certified
+
+
+def test_certified_up_to_the_distance_of_the_decision_boundary():
+    network = linear([[1.0, -1.0], [-1.0, 1.0]], [0.0, 0.0])
+    x = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.5, 0.5]])
+    labels = torch.tensor([0, 1, 0])
+    # z0 - z1 = 2 (x1 - x2) is 1 at the first image and falls by 4 epsilon.
+    assert certified(network, x, labels, 0.24).tolist() == [True, False, False]
+    assert certified(network, x, labels, 0.25).tolist() == [False, False, False]
+    assert certified(network, x, labels, torch.tensor(0.0)).tolist() == [True, False, False]
+
+
+def test_certified_knows_that_pixels_end_at_0_and_1():
+    network = linear([[1.0, -1.0], [0.0, 0.0]], [0.5, 0.0])
+    # z0 - z1 = x1 - x2 + 0.5: epsilon = 0.4 takes 0.8 from it, within [0, 1] only 0.4.
+    assert certified(network, torch.tensor([[0.0, 0.0]]), torch.tensor([0]), 0.4).item()
+
+
+def test_nothing_is_certified_by_a_network_that_is_not_finite():
+    network = linear([[math.nan], [0.0]], [0.0, 0.0])
+    assert not certified(network, torch.tensor([[0.5]]), torch.tensor([0]), 0.0).item()
+
+
+def test_certified_builds_no_graph():
+    network = linear([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0])
+    modes = []
+    network.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    assert certified(network, torch.tensor([[0.9, 0.1]]), torch.tensor([0]), 0.1).item()
+    assert modes == [False]

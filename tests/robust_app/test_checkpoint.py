@@ -1,0 +1,77 @@
+"""Files that are whole or not there, and execute nothing."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from robust_app import checkpoint
+from robust_app.errors import UserError
+
+CONTENT = {"format": "robust-app 1", "numbers": torch.arange(3), "epoch": 4}
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    checkpoint.save(CONTENT, tmp_path / "a.pt")
+    loaded = checkpoint.load(tmp_path / "a.pt")
+    assert loaded["epoch"] == 4
+    assert torch.equal(loaded["numbers"], torch.arange(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+class Unwritable:
+    def __reduce__(self):
+        raise RuntimeError("stop here, in the middle of writing")
+
+
+def test_a_save_that_fails_leaves_the_file_before(tmp_path):
+    checkpoint.save(CONTENT, tmp_path / "a.pt")
+    with pytest.raises(RuntimeError, match="middle of writing"):
+        checkpoint.save(CONTENT | {"bad": Unwritable()}, tmp_path / "a.pt")
+    assert checkpoint.load(tmp_path / "a.pt")["epoch"] == 4
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_payload_is_not_executed(tmp_path):
+    for name, write in (("torch.pt", torch.save), ("plain.pt", None)):
+        path = tmp_path / name
+        content = CONTENT | {"payload": Payload(tmp_path / "executed")}
+        if write:
+            write(content, path)
+        else:
+            path.write_bytes(pickle.dumps(content))
+        with pytest.raises(UserError, match="not a checkpoint"):
+            checkpoint.load(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 500])
+def test_a_truncated_file_is_refused(tmp_path, cut):
+    checkpoint.save(CONTENT, tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"a\.pt: not a checkpoint of robust-app"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def test_other_files_are_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.load(tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.load(tmp_path / "missing.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.load(tmp_path)
+
+
+def test_parameters_of_another_network_are_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds another network") as caught:
+        checkpoint.restore(nn.Linear(2, 3), nn.Linear(3, 3).state_dict(), tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)

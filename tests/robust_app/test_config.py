@@ -1,0 +1,307 @@
+import dataclasses
+import math
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robust_app.config import (
+    Config,
+    load_recipe,
+    override,
+    recipe_description,
+    recipe_names,
+    unknown,
+    with_epochs,
+)
+from robust_app.errors import UserError
+
+DIGITS = load_recipe("digits")
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+
+texts = st.text("a:/.é😀 '\"\\#=,[]{}", min_size=1)  # what TOML gives a meaning, and beyond ASCII
+units = st.floats(0, 1)
+counts = st.integers(1, 2**63 - 1)
+durations = st.floats(0, allow_infinity=False)
+above_zero = st.floats(0, allow_infinity=False, exclude_min=True)
+configs = st.builds(
+    Config,
+    dataset=texts,
+    model=texts,
+    method=texts,
+    epsilon=units,
+    evaluation_epsilon=units,
+    epochs=counts,
+    batch_size=counts,
+    learning_rate=above_zero,
+    milestones=st.lists(durations, max_size=4),
+    learning_rate_factor=st.floats(0, 1, exclude_min=True),
+    natural_epochs=durations,
+    adversarial_epochs=durations,
+    ramp_epochs=durations,
+    fosc_maximum=durations,
+    fosc_decay_epochs=durations,
+    moment_decay=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
+    regularization=durations,
+    attack_step=above_zero,
+    gradient_clip=st.floats(0, exclude_min=True),
+    augment=st.booleans(),
+    held_out=counts,
+    pgd_steps=counts,
+    pgd_restarts=counts,
+    seed=counts,
+)
+
+
+@settings(max_examples=50)
+@given(configs)
+def test_a_config_survives_toml(config):
+    assert Config.from_mapping(tomllib.loads(config.to_toml())) == config
+
+
+def test_toml_has_a_line_for_every_field():
+    lines = DIGITS.to_toml().splitlines()
+    assert [line.split(" = ")[0] for line in lines] == FIELDS
+    assert (
+        "gradient_clip = inf"
+        in dataclasses.replace(DIGITS, gradient_clip=math.inf).to_toml().splitlines()
+    )
+
+
+def test_numbers_and_lists_take_the_type_of_their_field():
+    config = dataclasses.replace(DIGITS, epsilon=0, milestones=[1, 2], moment_decay=[0, 0])
+    assert isinstance(config.epsilon, float)
+    assert config.milestones == (1.0, 2.0)
+    assert config.moment_decay == (0.0, 0.0)
+    assert all(isinstance(x, float) for x in (*config.milestones, *config.moment_decay))
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expectation"),
+    [
+        ("dataset", "", "a non-empty printable string"),
+        ("dataset", "two\nlines", "a non-empty printable string"),
+        ("model", 3, "a non-empty printable string"),
+        ("method", None, "a non-empty printable string"),
+        ("epsilon", -0.01, "a number in [0, 1]"),
+        ("epsilon", 8, "a number in [0, 1]"),
+        ("epsilon", math.nan, "a number in [0, 1]"),
+        ("epsilon", "0.1", "a number in [0, 1]"),
+        ("evaluation_epsilon", True, "a number in [0, 1]"),
+        ("epochs", 0, "an integer of at least 1"),
+        ("epochs", 2.0, "an integer of at least 1"),
+        ("epochs", True, "an integer of at least 1"),
+        ("batch_size", 0, "an integer of at least 1"),
+        ("learning_rate", 0, "a finite number above 0"),
+        ("learning_rate", math.inf, "a finite number above 0"),
+        ("learning_rate", 10**400, "a finite number above 0"),
+        ("milestones", 30, "a list of finite numbers of at least 0"),
+        ("milestones", [30, -1], "a list of finite numbers of at least 0"),
+        ("milestones", [math.inf], "a list of finite numbers of at least 0"),
+        ("learning_rate_factor", 0, "a number in (0, 1]"),
+        ("learning_rate_factor", 4, "a number in (0, 1]"),
+        ("natural_epochs", -1, "a finite number of at least 0"),
+        ("adversarial_epochs", math.inf, "a finite number of at least 0"),
+        ("ramp_epochs", math.nan, "a finite number of at least 0"),
+        ("fosc_maximum", -1e-9, "a finite number of at least 0"),
+        ("fosc_decay_epochs", False, "a finite number of at least 0"),
+        ("moment_decay", (0.9,), "two numbers in [0, 1)"),
+        ("moment_decay", (0.9, 1), "two numbers in [0, 1)"),
+        ("moment_decay", 0.9, "two numbers in [0, 1)"),
+        ("regularization", -0.5, "a finite number of at least 0"),
+        ("attack_step", 0, "a finite number above 0"),
+        ("gradient_clip", 0, "a number above 0, or inf"),
+        ("gradient_clip", math.nan, "a number above 0, or inf"),
+        ("augment", 1, "true or false"),
+        ("held_out", -1, "an integer of at least 0"),
+        ("pgd_steps", 0, "an integer of at least 1"),
+        ("pgd_restarts", 0, "an integer of at least 1"),
+        ("seed", -1, "an integer of at least 0"),
+        ("seed", 2**63, "an integer of at least 0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name, value, expectation):
+    with pytest.raises(UserError) as error:
+        dataclasses.replace(DIGITS, **{name: value})
+    assert str(error.value) == f"{name}: expected {expectation}, found {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epsilon", 0),
+        ("epsilon", 1),
+        ("milestones", []),
+        ("learning_rate_factor", 1),
+        ("natural_epochs", 0),
+        ("moment_decay", (0, math.nextafter(1, 0))),
+        ("gradient_clip", math.inf),
+        ("held_out", 0),
+        ("seed", 0),
+        ("learning_rate", 5e-324),
+    ],
+)
+def test_the_ends_of_a_range_are_taken(name, value):
+    found = getattr(dataclasses.replace(DIGITS, **{name: value}), name)
+    assert found == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_an_unknown_key_names_the_nearest_one():
+    with pytest.raises(UserError, match=r"^unknown key 'learningrate'.* 'learning_rate'$"):
+        Config.from_mapping(dataclasses.asdict(DIGITS) | {"learningrate": 1})
+
+
+def test_missing_keys_are_named():
+    values = dataclasses.asdict(DIGITS)
+    del values["epsilon"], values["seed"], values["moment_decay"]  # the last has a default
+    with pytest.raises(UserError, match=r"^missing keys: epsilon, seed$"):
+        Config.from_mapping(values)
+
+
+def test_what_the_paper_fixes_has_a_default():
+    values = dataclasses.asdict(DIGITS)
+    for name in ("moment_decay", "regularization", "attack_step"):
+        del values[name]
+    config = Config.from_mapping(values)
+    assert config.moment_decay == (0.9, 0.99)
+    assert (config.regularization, config.attack_step) == (0.5, 1.25)
+
+
+def test_unknown_always_suggests_something():
+    assert "'seed'" in str(unknown("key", "zzz", ["seed"]))
+
+
+def test_override_reads_values_as_toml_and_the_rest_as_strings():
+    config = override(
+        DIGITS,
+        [
+            "epsilon=0.25",
+            "milestones=[1, 2.5]",
+            "augment = true",
+            "gradient_clip=inf",
+            "model=dm-small",
+            'method="weighted-sum"',
+            "dataset=npz:/a folder/b=c#d.npz",
+        ],
+    )
+    assert config.epsilon == 0.25
+    assert config.milestones == (1.0, 2.5)
+    assert config.augment is True
+    assert config.gradient_clip == math.inf
+    assert (config.model, config.method) == ("dm-small", "weighted-sum")
+    assert config.dataset == "npz:/a folder/b=c#d.npz"
+    assert (config.epochs, config.seed) == (DIGITS.epochs, DIGITS.seed)
+
+
+def test_the_last_override_of_a_key_wins_and_none_changes_nothing():
+    assert override(DIGITS, ["seed=1", "seed=2"]).seed == 2
+    assert override(DIGITS, []) == DIGITS
+
+
+@settings(max_examples=50)
+@given(configs)
+def test_every_line_of_toml_is_an_override(config):
+    assert override(DIGITS, config.to_toml().splitlines()) == config
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("epsilon", r"^expected key=value, found 'epsilon'$"),
+        ("epsilom=1", r"^unknown key 'epsilom'; the nearest known is 'epsilon'$"),
+        ("=1", r"^unknown key ''"),
+        ("epsilon=", r"^epsilon: expected a number in \[0, 1\], found ''$"),
+        ("epsilon=small", r"found 'small'$"),
+        ("epochs=1979-05-27", r"^epochs: .*found datetime.date"),
+        ("model=1", r"^model: .*found 1$"),
+        ("epochs=1\nseed=7", r"^epochs: .*found '1\\nseed=7'$"),
+    ],
+)
+def test_a_bad_override_is_refused_in_one_line(assignment, message):
+    with pytest.raises(UserError, match=message) as error:
+        override(DIGITS, [assignment])
+    assert "\n" not in str(error.value)
+
+
+def test_with_epochs_scales_the_schedule_and_nothing_else():
+    long = load_recipe("mnist-dm-small")
+    short = with_epochs(long, 25)
+    assert (short.epochs, short.natural_epochs, short.adversarial_epochs) == (25, 1.0, 4.0)
+    assert (short.ramp_epochs, short.fosc_decay_epochs) == (5.0, 5.0)
+    assert short.milestones == (15.0, 20.0)
+    assert with_epochs(short, 250) == long
+
+
+@given(st.integers(1, 10_000))
+def test_with_epochs_keeps_the_shares_of_the_run(epochs):
+    config = with_epochs(DIGITS, epochs)
+    assert config.ramp_epochs / epochs == pytest.approx(DIGITS.ramp_epochs / DIGITS.epochs)
+    assert config.milestones[0] / epochs == pytest.approx(DIGITS.milestones[0] / DIGITS.epochs)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_with_epochs_of_the_same_length_changes_nothing(name):
+    config = load_recipe(name)
+    assert with_epochs(config, config.epochs) == config
+
+
+@pytest.mark.parametrize("epochs", [0, -3, 2.5])
+def test_with_epochs_refuses_what_is_no_number_of_epochs(epochs):
+    with pytest.raises(UserError, match=r"^epochs: expected an integer of at least 1"):
+        with_epochs(DIGITS, epochs)
+
+
+def test_a_recipe_file_is_read_with_its_description(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('description = "ε of my own"\n' + DIGITS.to_toml(), encoding="utf-8")
+    assert load_recipe(path) == load_recipe(str(path)) == DIGITS
+    assert recipe_description(path) == "ε of my own"
+
+
+def test_a_resolved_config_is_a_recipe_without_description(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(DIGITS.to_toml(), encoding="utf-8")
+    assert load_recipe(path) == DIGITS
+    assert recipe_description(path) == ""
+
+
+def test_an_unknown_recipe_names_the_nearest_one():
+    with pytest.raises(UserError, match=r"^unknown recipe 'mnist-small'.* 'mnist-dm-small'$"):
+        load_recipe("mnist-small")
+    with pytest.raises(UserError, match=r"^unknown recipe 'digit'"):
+        recipe_description("digit")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"epochs = = 1", r"not valid TOML \(.*line 1"),
+        (b"\xff\xfe", r"not valid TOML \(.*utf-8"),
+        (b"epoch = 1", r": unknown key 'epoch'; the nearest known is 'epochs'$"),
+        (b"[training]\nepochs = 1", r": unknown key 'training'"),
+        (b"epochs = 1", r": missing keys: dataset, model"),
+    ],
+)
+def test_a_bad_recipe_file_is_named_with_the_reason_in_one_line(tmp_path, content, message):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_recipe(path)
+    assert str(error.value).startswith(f"recipe {path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_file_that_is_not_there_is_named(tmp_path):
+    path = tmp_path / "none.toml"
+    with pytest.raises(UserError, match=r"cannot be read \(No such file or directory\)$"):
+        load_recipe(path)
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(UserError, match=r"folder.toml: cannot be read \(Is a directory\)$"):
+        load_recipe(tmp_path / "folder.toml")
+
+
+def test_recipe_names_are_sorted():
+    assert recipe_names() == sorted(recipe_names())
+    assert "digits" in recipe_names()
