@@ -6,7 +6,6 @@ lower and upper bounds. Bounds hold up to the rounding of floating-point arithme
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial, singledispatch
 from typing import Any, TypeGuard, TypeVar
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robust_app.errors import UserError
+from robust_app.interval import Interval
 from robust_app.layers import Normalize, Residual
 
 _HOW_TO_REGISTER = "register a rule for it with @robust_app.bounds.propagate.register"
@@ -23,55 +23,6 @@ _IN_TRAINING = "it is in training mode; call .eval() on it first"
 
 class UnsupportedLayer(UserError, TypeError):
     """A layer, or a mode of it, for which :func:`propagate` has no sound rule."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The box of all tensors x with ``|x - center| <= radius`` in each entry.
-
-    ``center`` and ``radius`` (entries >= 0) share one shape, ``(batch, ...)`` for layers.
-    """
-
-    center: Tensor
-    radius: Tensor
-
-    @property
-    def lower(self) -> Tensor:
-        """The smallest value of each entry."""
-        return self.center - self.radius
-
-    @property
-    def upper(self) -> Tensor:
-        """The largest value of each entry."""
-        return self.center + self.radius
-
-    @classmethod
-    def between(cls, lower: Tensor, upper: Tensor) -> "Interval":
-        """The box with the given bounds, ``lower <= upper``, of one shape.
-
-        >>> Interval.between(torch.tensor([0.0]), torch.tensor([4.0]))
-        Interval(center=tensor([2.]), radius=tensor([2.]))
-        """
-        return cls((upper + lower) / 2, (upper - lower) / 2)
-
-    @classmethod
-    def around(cls, x: Tensor, epsilon: float | Tensor) -> "Interval":
-        """The l_inf ball S(x, ε) within the image domain [0, 1].
-
-        Args:
-            x: images in [0, 1], ``(batch, ...)``.
-            epsilon: radius >= 0 in pixels of [0, 1]; a number or a 0-dim tensor, whose value
-                is not looked at, so that it may live on a device without synchronising.
-
-        Raises:
-            ValueError: the number ``epsilon`` is below 0 or NaN.
-
-        >>> Interval.around(torch.tensor([0.0, 0.5]), 0.5)
-        Interval(center=tensor([0.2500, 0.5000]), radius=tensor([0.2500, 0.5000]))
-        """
-        if not (isinstance(epsilon, Tensor) or epsilon >= 0):
-            raise ValueError(f"epsilon must be at least 0, got {epsilon}")
-        return cls.between((x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1))
 
 
 @singledispatch

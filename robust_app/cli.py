@@ -10,9 +10,9 @@ from rich.console import Console
 
 from robust_app import config as configs
 from robust_app import curves, data, distributed, methods, models, reporting, session
-from robust_app.config import Config, unknown
+from robust_app.config import Config
 from robust_app.data import Dataset
-from robust_app.errors import UserError
+from robust_app.errors import UserError, unknown
 from robust_app.evaluation import VERIFIERS
 from robust_app.run_directory import RunDirectory, next_free
 from robust_app.training import Trainer

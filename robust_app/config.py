@@ -6,7 +6,6 @@ the package lie in ``recipes/``. Times are in epochs and may be fractional, ε i
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import sys
@@ -18,7 +17,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
-from robust_app.errors import UserError
+from robust_app.errors import UserError, unknown
 
 
 class Rule(NamedTuple):
@@ -75,7 +74,7 @@ DECAYS = Rule(
 class Config:
     """A training run, complete: the same Config and seed give the same run.
 
-    Arguments:
+    Args:
         dataset, model, method: names from the tables of :mod:`robust_app.data`,
             :mod:`robust_app.models` and :mod:`robust_app.methods`.
         epsilon: ε_train, the radius trained at, in pixels of [0, 1].
@@ -170,16 +169,6 @@ def _to_toml(value: object) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)  # printable strings are alike in both
     return repr(value)
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is in no table; it says which known name is nearest.
-
-    >>> print(unknown("recipe", "digit", ["digits", "mnist-dm-small"]))
-    unknown recipe 'digit'; the nearest known is 'digits'
-    """
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-    return UserError(f"unknown {kind} {name!r}; the nearest known is {nearest!r}")
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:

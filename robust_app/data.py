@@ -6,7 +6,7 @@ any worker that would feed it.
 
 import dataclasses
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robust_app.config import unknown
-from robust_app.errors import UserError
+from robust_app.errors import UserError, unknown
 
 Arrays = Mapping[str, NDArray[Any]]
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -37,7 +35,7 @@ DATASETS = {
 class Dataset:
     """Images and labels, all on one device.
 
-    Arguments:
+    Args:
         name: as given to :func:`load`.
         x_train, x_test: images (n, C, H, W), uint8 or float32 in [0, 1].
         y_train, y_test: labels (n,), int64 in [0, classes).
@@ -100,7 +98,7 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     labels (n,), non-negative integers. A shape that fits the last two is read as (n, C, H, W). The
     number of classes is the largest label plus one.
 
-    Arguments:
+    Args:
         name: a key of :data:`DATASETS`, ``npz:`` followed by a path.
         data_root: folder that holds (or is to hold) the files of mnist, fashion-mnist and cifar10,
             laid out as torchvision does.
@@ -176,8 +174,7 @@ def _read_torchvision(name: str, source: _Source, root: Path, download: bool) ->
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _assemble(
@@ -271,64 +268,3 @@ def split(dataset: Dataset, held_out: int, seed: int) -> tuple[Tensor, Tensor, T
     x, y = dataset.x_train, dataset.y_train
     valid, train = order[:held_out].to(x.device), order[held_out:].to(x.device)
     return x[train], y[train], x[valid], y[valid]
-
-
-def as_float(x: Tensor) -> Tensor:
-    """Pixels in [0, 1]: uint8 divided by 255 as float32, floats as they are; any shape.
-
-    >>> as_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
-    tensor([0.0000, 0.2000, 1.0000])
-    """
-    return x.float() / 255 if x.dtype == torch.uint8 else x
-
-
-_PADDING = 4
-
-
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip each image left to right with probability ½ and shift it by up to four pixels.
-
-    The shift is a crop at random from the image padded with four zeros on every side.
-
-    Arguments:
-        x: images (n, C, H, W), of any dtype.
-        generator: on the device of ``x``.
-
-    Returns:
-        A new tensor of the shape and dtype of ``x``.
-    """
-    n, channels, height, width = x.shape
-
-    def draw(high: int) -> Tensor:
-        return torch.randint(high, (n, 1), generator=generator, device=x.device)
-
-    rows = draw(2 * _PADDING + 1) + torch.arange(height, device=x.device)  # (n, H)
-    columns = draw(2 * _PADDING + 1) + torch.arange(width, device=x.device)  # (n, W)
-    columns = torch.where(draw(2) == 1, columns.flip(1), columns)
-    image = torch.arange(n, device=x.device)[:, None, None, None]
-    channel = torch.arange(channels, device=x.device)[:, None, None]
-    padded = F.pad(x, [_PADDING] * 4)
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def shuffled_batches(
-    count: int, batch_size: int, generator: torch.Generator, device: torch.device | str
-) -> Iterator[Tensor]:
-    """One epoch: index tensors (batch_size,) on ``device`` that draw from ``range(count)``.
-
-    No index comes twice; those of an incomplete last batch do not come at all. The order depends
-    on the generator, which may be on another device, and not on ``device``.
-
-    Raises:
-        UserError: ``batch_size`` is larger than ``count``.
-
-    >>> sum(len(batch) for batch in shuffled_batches(10, 4, torch.Generator(), "cpu"))
-    8
-    """
-    if batch_size > count:
-        raise UserError(
-            f"batch_size: expected at most the {count} training examples, found {batch_size}"
-        )
-    order = torch.randperm(count, generator=generator, device=generator.device).to(device)
-    last = count - batch_size
-    return (order[start : start + batch_size] for start in range(0, last + 1, batch_size))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from robust_app.attacks import falsified
+from robust_app.batches import as_float
 from robust_app.bounds import certified
-from robust_app.data import as_float
 
 Verifier = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 """From network, images, labels and ε to whether each image is proved robust, bool ``(batch,)``."""

@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robust_app.bounds import Interval, margin_bounds
+from robust_app.bounds import margin_bounds
+from robust_app.interval import Interval
 
 
 def certified_loss(

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mogd import BisectorProjection, Constant, Rule
 from robust_app.attacks import fgsm
-from robust_app.config import Config, unknown
+from robust_app.config import Config
+from robust_app.errors import unknown
 from robust_app.fosc import Stationarity
 
 

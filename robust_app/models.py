@@ -1,12 +1,11 @@
 """The networks by name: data that describe them, and the builder of plain ``nn.Sequential``."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from robust_app.errors import UserError
+from robust_app.errors import UserError, unknown
 from robust_app.layers import Normalize
 
 
@@ -103,8 +102,7 @@ def build(
     Linear(in_features=64, out_features=10, bias=True)
     """
     if name not in MODELS:
-        [nearest] = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)
-        raise UserError(f"unknown model {name!r}: did you mean {nearest!r}?")
+        raise unknown("model", name, MODELS)
     if classes < 2:
         raise UserError(f"a classifier needs at least 2 classes, got {classes}")
     architecture = MODELS[name]

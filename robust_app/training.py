@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mogd import Threshold, UnbiasedMultiGradient, parallel
-from robust_app import data, methods, models
+from robust_app import batches, data, methods, models
 from robust_app.attacks import uniform_start
 from robust_app.bounds import certified
 from robust_app.config import Config
@@ -118,18 +118,18 @@ class Trainer:
         """
         started = time.perf_counter()
         epoch, means = self.epochs_done, Means()
-        batches = len(self.x) // self.config.batch_size
+        steps = len(self.x) // self.config.batch_size
         now = setting(self.config, epoch)
         self.network.train()
         for number, (x, labels, start) in enumerate(self._batches(epoch)):
-            now = setting(self.config, epoch + number / batches)
+            now = setting(self.config, epoch + number / steps)
             epsilon = torch.full((), now.epsilon, device=self.world.device)
             batch = methods.Batch(x, labels, start, epsilon)
             try:
                 self._step(batch, now, means)
             except FloatingPointError as error:
                 raise _diverged(f"epoch {epoch + 1}, batch {number + 1}: {error}") from error
-            watcher.batch(epoch, number + 1, batches, now, means)
+            watcher.batch(epoch, number + 1, steps, now, means)
         averages = means.read()
         # The optimizer looks at both losses of each joint step; the warm-up is looked at here.
         if not all(np.isfinite(value) for value in averages.values()):
@@ -150,12 +150,12 @@ class Trainer:
         """This process's images, labels and random starts, a function of seed and epoch alone."""
         seed = int(np.random.SeedSequence([self.config.seed, epoch]).generate_state(1)[0])
         generator = torch.Generator(self.world.device).manual_seed(seed)
-        for indices in data.shuffled_batches(
+        for indices in batches.shuffled_batches(
             len(self.x), self.config.batch_size, generator, self.world.device
         ):
-            x = data.as_float(self.x[indices])
+            x = batches.as_float(self.x[indices])
             if self.config.augment:
-                x = data.augment(x, generator)
+                x = batches.augment(x, generator)
             start = uniform_start(x, generator)
             share = self.world.share
             yield share(x), share(self.labels[indices]), share(start)

@@ -12,10 +12,9 @@ from robust_app.config import (
     override,
     recipe_description,
     recipe_names,
-    unknown,
     with_epochs,
 )
-from robust_app.errors import UserError
+from robust_app.errors import UserError, unknown
 
 DIGITS = load_recipe("digits")
 FIELDS = [field.name for field in dataclasses.fields(Config)]

@@ -2,7 +2,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robust_app.schedules import Phase, fosc_threshold, phase, smoothed_ramp, step_decay
+from robust_app.config import load_recipe
+from robust_app.schedules import (
+    Phase,
+    Setting,
+    fosc_threshold,
+    phase,
+    setting,
+    smoothed_ramp,
+    step_decay,
+)
 
 times = st.floats(-10, 100)
 lengths = st.floats(0.1, 50)
@@ -116,3 +125,25 @@ def test_phases_follow_one_another(t, expected):
 )
 def test_a_phase_of_no_length_is_left_out(natural, adversarial, first):
     assert phase(0, natural, adversarial) is first
+
+
+@pytest.mark.parametrize(
+    ("t", "expected"),
+    # Appendix A.5: T_nat 10, T_adv 40, R 50, T' 50, c_max 1e-4, lr / 4 at epochs 150 and 200.
+    [
+        (9.9, Setting(Phase.NATURAL, 0.0, 1e-4, 5e-4)),
+        (10, Setting(Phase.ADVERSARIAL, 0.4, 1e-4, 5e-4)),
+        (50, Setting(Phase.JOINT, 0.0, 1e-4, 5e-4)),
+        (62.5, Setting(Phase.JOINT, 0.4 / 13, 1e-4, 5e-4)),
+        (100, Setting(Phase.JOINT, 0.4, 1e-4, 5e-4)),
+        (125, Setting(Phase.JOINT, 0.4, 0.5e-4, 5e-4)),
+        (150, Setting(Phase.JOINT, 0.4, 0.0, 1.25e-4)),
+        (249, Setting(Phase.JOINT, 0.4, 0.0, 3.125e-5)),
+    ],
+)
+def test_the_schedules_of_the_papers_mnist_run_by_hand(t, expected):
+    found = setting(load_recipe("mnist-dm-small"), t)
+    assert found.phase is expected.phase
+    assert found.epsilon == pytest.approx(expected.epsilon)
+    assert found.fosc_threshold == pytest.approx(expected.fosc_threshold)
+    assert found.learning_rate == pytest.approx(expected.learning_rate)

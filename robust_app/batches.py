@@ -1,0 +1,70 @@
+"""Batches of images: drawn by index, as floats, augmented, on the device where the data live."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robust_app.errors import UserError
+
+
+def as_float(x: Tensor) -> Tensor:
+    """Pixels in [0, 1]: uint8 divided by 255 as float32, floats as they are; any shape.
+
+    >>> as_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    tensor([0.0000, 0.2000, 1.0000])
+    """
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+_PADDING = 4
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip each image left to right with probability ½ and shift it by up to four pixels.
+
+    The shift is a crop at random from the image padded with four zeros on every side.
+
+    Args:
+        x: images (n, C, H, W), of any dtype.
+        generator: on the device of ``x``.
+
+    Returns:
+        A new tensor of the shape and dtype of ``x``.
+    """
+    n, channels, height, width = x.shape
+
+    def draw(high: int) -> Tensor:
+        return torch.randint(high, (n, 1), generator=generator, device=x.device)
+
+    rows = draw(2 * _PADDING + 1) + torch.arange(height, device=x.device)  # (n, H)
+    columns = draw(2 * _PADDING + 1) + torch.arange(width, device=x.device)  # (n, W)
+    columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+    image = torch.arange(n, device=x.device)[:, None, None, None]
+    channel = torch.arange(channels, device=x.device)[:, None, None]
+    padded = F.pad(x, [_PADDING] * 4)
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def shuffled_batches(
+    count: int, batch_size: int, generator: torch.Generator, device: torch.device | str
+) -> Iterator[Tensor]:
+    """One epoch: index tensors (batch_size,) on ``device`` that draw from ``range(count)``.
+
+    No index comes twice; those of an incomplete last batch do not come at all. The order depends
+    on the generator, which may be on another device, and not on ``device``.
+
+    Raises:
+        UserError: ``batch_size`` is larger than ``count``.
+
+    >>> sum(len(batch) for batch in shuffled_batches(10, 4, torch.Generator(), "cpu"))
+    8
+    """
+    if batch_size > count:
+        raise UserError(
+            f"batch_size: expected at most the {count} training examples, found {batch_size}"
+        )
+    order = torch.randperm(count, generator=generator, device=generator.device).to(device)
+    last = count - batch_size
+    return (order[start : start + batch_size] for start in range(0, last + 1, batch_size))

@@ -1,0 +1,54 @@
+"""Boxes of tensors, as centre and radius (paper, section 2)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The box of all tensors x with ``|x - center| <= radius`` in each entry.
+
+    ``center`` and ``radius`` (entries >= 0) share one shape, ``(batch, ...)`` for layers.
+    """
+
+    center: Tensor
+    radius: Tensor
+
+    @property
+    def lower(self) -> Tensor:
+        """The smallest value of each entry."""
+        return self.center - self.radius
+
+    @property
+    def upper(self) -> Tensor:
+        """The largest value of each entry."""
+        return self.center + self.radius
+
+    @classmethod
+    def between(cls, lower: Tensor, upper: Tensor) -> "Interval":
+        """The box with the given bounds, ``lower <= upper``, of one shape.
+
+        >>> Interval.between(torch.tensor([0.0]), torch.tensor([4.0]))
+        Interval(center=tensor([2.]), radius=tensor([2.]))
+        """
+        return cls((upper + lower) / 2, (upper - lower) / 2)
+
+    @classmethod
+    def around(cls, x: Tensor, epsilon: float | Tensor) -> "Interval":
+        """The l_inf ball S(x, ε) within the image domain [0, 1].
+
+        Args:
+            x: images in [0, 1], ``(batch, ...)``.
+            epsilon: radius >= 0 in pixels of [0, 1]; a number or a 0-dim tensor, whose value
+                is not looked at, so that it may live on a device without synchronising.
+
+        Raises:
+            ValueError: the number ``epsilon`` is below 0 or NaN.
+
+        >>> Interval.around(torch.tensor([0.0, 0.5]), 0.5)
+        Interval(center=tensor([0.2500, 0.5000]), radius=tensor([0.2500, 0.5000]))
+        """
+        if not (isinstance(epsilon, Tensor) or epsilon >= 0):
+            raise ValueError(f"epsilon must be at least 0, got {epsilon}")
+        return cls.between((x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1))

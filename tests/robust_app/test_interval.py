@@ -1,0 +1,34 @@
+import math
+
+import pytest
+import torch
+
+from robust_app.interval import Interval
+
+
+def test_around_is_the_ball_within_the_image_domain():
+    box = Interval.around(torch.tensor([0.0, 0.125, 0.5, 1.0]), 0.25)
+    torch.testing.assert_close(box.lower, torch.tensor([0.0, 0.0, 0.25, 0.75]))
+    torch.testing.assert_close(box.upper, torch.tensor([0.25, 0.375, 0.75, 1.0]))
+
+
+def test_around_takes_epsilon_as_a_tensor():
+    x = torch.rand(2, 3)
+    box = Interval.around(x, torch.tensor(0.25))
+    torch.testing.assert_close(box.lower, Interval.around(x, 0.25).lower)
+    torch.testing.assert_close(box.upper, Interval.around(x, 0.25).upper)
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, math.nan])
+def test_around_refuses_an_epsilon_that_is_no_radius(epsilon):
+    with pytest.raises(ValueError, match="epsilon must be at least 0"):
+        Interval.around(torch.zeros(1), epsilon)
+
+
+def test_between_has_the_bounds_given():
+    lower, upper = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 2.0])
+    box = Interval.between(lower, upper)
+    assert torch.equal(box.lower, lower)
+    assert torch.equal(box.upper, upper)
+    assert torch.equal(box.center, torch.tensor([1.0, 2.0]))
+    assert torch.equal(box.radius, torch.tensor([2.0, 0.0]))
