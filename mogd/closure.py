@@ -18,11 +18,15 @@ def needs_closure(optimizer: Optimizer) -> bool:
 
 
 def reevaluation(
-    optimizer: Optimizer, closure: Callable[[], Iterable[Tensor]], record: Record
+    optimizer: Optimizer,
+    closure: Callable[[], Iterable[Tensor]],
+    record: Record,
+    average: Callable[[Tensor], Tensor],
 ) -> Callable[[], float]:
     """One objective for the whole step: Σₖ κₖ Lₖ + κ_reg,ₖ Lₖ² with the weights of the record.
 
     Its first call finds value and gradient in place, left by the ``backward`` of the record.
+    ``average`` takes a loss of this process to that of all, so that all take the same decisions.
     """
     evaluated = False
 
@@ -38,9 +42,9 @@ def reevaluation(
         losses = []
         with torch.enable_grad():
             for index, (loss, retain_graph) in enumerate(each(closure())):
-                slope = record.weights[index] + 2 * record.regularization[index] * loss.detach()
+                losses.append(average(loss.detach().to(record.weights)))
+                slope = record.weights[index] + 2 * record.regularization[index] * losses[-1]
                 torch.autograd.backward(loss, slope.to(loss), retain_graph=retain_graph)
-                losses.append(loss.detach().to(record.weights))
         return float(value(torch.stack(losses)))
 
     return objective

@@ -94,11 +94,12 @@ def combine(loss_gradients: Sequence[Gradients], weights: Tensor) -> Gradients:
     combined: Gradients = {}
     for gradients, weight in zip(loss_gradients, weights, strict=True):
         for parameter, gradient in gradients.items():
-            weight_here = weight.to(gradient.device)
+            # Not addcmul_: it would round the weight to the gradient's dtype, to inf in float16.
+            weighted = gradient.mul_(weight.to(gradient.device))
             if parameter in combined:
-                combined[parameter].addcmul_(gradient, weight_here.to(gradient.dtype))
+                combined[parameter].add_(weighted)
             else:
-                combined[parameter] = gradient.mul_(weight_here)
+                combined[parameter] = weighted
     return combined
 
 
@@ -115,8 +116,9 @@ def _take(parameters: Sequence[Tensor], index: int) -> Gradients:
                 "(make the embedding with sparse=False)"
             )
         # A view belongs to another (a bucket of DistributedDataParallel): the next pass writes
-        # over it.
-        taken[parameter] = gradient.clone() if gradient._is_view() else gradient
+        # over it. A lazy conjugate has no real and imaginary parts in memory to work on.
+        owned = gradient.clone() if gradient._is_view() else gradient
+        taken[parameter] = owned.resolve_conj()
     if not taken:
         raise ValueError(f"losses[{index}] reaches none of the optimizer's parameters")
     return taken

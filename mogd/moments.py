@@ -13,7 +13,7 @@ from torch import Tensor
 Gradients = dict[Tensor, Tensor]
 """The gradient of one loss by parameter; a parameter that is absent has a zero gradient."""
 
-BLOCK = 1 << 18  # elements cast to float64 at a time: bounds the memory and stays in the cache
+BLOCK = 1 << 16  # elements cast to float64 at a time: bounds the memory and stays in the cache
 
 
 class Moments:
@@ -113,10 +113,19 @@ class Moments:
         missing = {"count", "norms", "gramian", "exp_avg"} - state_dict.keys()
         if missing:
             raise ValueError(f"state_dict['moments'] lacks {sorted(missing)}")
-        moments = cls(decay, len(state_dict["norms"]), device)
-        moments.count.copy_(state_dict["count"])
-        moments._exp_avg_norms.copy_(state_dict["norms"])
-        moments._exp_avg_gramian.copy_(state_dict["gramian"])
+        moments = cls(decay, state_dict["norms"].numel(), device)
+        small = {
+            "count": moments.count,
+            "norms": moments._exp_avg_norms,
+            "gramian": moments._exp_avg_gramian,
+        }
+        for name, tensor in small.items():
+            if state_dict[name].shape != tensor.shape:
+                raise ValueError(
+                    f"state_dict['moments'] has {name!r} of shape "
+                    f"{tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}"
+                )
+            tensor.copy_(state_dict[name])
         for position, saved in state_dict["exp_avg"].items():
             if position >= len(parameters):
                 raise ValueError(

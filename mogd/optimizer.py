@@ -1,6 +1,6 @@
 """A torch optimizer for several losses, whose weights depend on past gradients alone."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -76,7 +76,8 @@ class UnbiasedMultiGradient(Optimizer):
         nonfinite: Literal["raise", "skip"] = "raise",
         **base_options: Any,
     ) -> None:
-        if len(moment_decay) != 2 or not all(0.0 <= decay < 1.0 for decay in moment_decay):
+        pair = isinstance(moment_decay, Sequence) and len(moment_decay) == 2
+        if not pair or not all(0.0 <= decay < 1.0 for decay in moment_decay):
             raise ValueError(f"moment_decay must be two numbers in [0, 1), got {moment_decay!r}")
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
@@ -133,6 +134,8 @@ class UnbiasedMultiGradient(Optimizer):
                 ``"raise"``; nothing has changed then.
             RuntimeError: if processes that train one model hold different gradients or weights.
         """
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None
         collected, self._pending = self._pending or LossGradients(), None
         try:
             collected.add(losses, self._parameters(), scaler)
@@ -202,7 +205,8 @@ class UnbiasedMultiGradient(Optimizer):
                     "call step(closure)"
                 )
             else:
-                self.base.step(reevaluation(self.base, closure, record))
+                average = parallel.average if self.distributed else torch.clone
+                self.base.step(reevaluation(self.base, closure, record, average))
         return record
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -217,14 +221,19 @@ class UnbiasedMultiGradient(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state, the moments and the count of skipped steps; no code, only data."""
+        for prepare in self._optimizer_state_dict_pre_hooks.values():
+            prepare(self)
         moments = None
         if self._moments is not None:
             moments = self._moments.state_dict(self._parameters())
-        return super().state_dict() | {
+        state_dict = self.base.state_dict() | {
             "moments": moments,
             "moment_decay": list(self.moment_decay),
             "skipped": self.skipped,
         }
+        for revise in self._optimizer_state_dict_post_hooks.values():
+            state_dict = revise(self, state_dict) or state_dict
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken, to the same bits.
@@ -233,6 +242,9 @@ class UnbiasedMultiGradient(Optimizer):
             ValueError: if the state is another optimizer's or does not fit the parameters;
                 nothing has changed then.
         """
+        state_dict = dict(state_dict)
+        for revise in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = revise(self, state_dict) or state_dict
         missing = {"state", "param_groups", "moments", "moment_decay", "skipped"} - set(state_dict)
         if missing:
             raise ValueError(
@@ -245,11 +257,14 @@ class UnbiasedMultiGradient(Optimizer):
             moments = Moments.from_state_dict(
                 state_dict["moments"], (beta_1, beta_2), self._parameters(), self._device()
             )
-        super().load_state_dict(state_dict)
+        self.base.load_state_dict(state_dict)
+        self._share_with_base()
         self.moment_decay = (beta_1, beta_2)
         self._moments = moments
         self._skipped = torch.tensor(state_dict["skipped"])
         self._pending, self._keep = None, True
+        for conclude in self._optimizer_load_state_dict_post_hooks.values():
+            conclude(self)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "moment_decay", "rule", "priority", "nonfinite", "distributed", "last")
@@ -257,13 +272,9 @@ class UnbiasedMultiGradient(Optimizer):
         return {name: self.__dict__[name] for name in names + private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base" in state:  # from pickle or deepcopy
-            self.__dict__.update(state)
-            self._share_with_base()
-            super().__setstate__({})
-        else:  # from Optimizer.load_state_dict
-            self.base.__setstate__(state)
-            self._share_with_base()
+        self.__dict__.update(state)
+        self._share_with_base()
+        super().__setstate__({})
 
     def _share_with_base(self) -> None:
         """Schedulers, clipping and scalers must see the groups and state the base works with."""
@@ -275,14 +286,12 @@ class UnbiasedMultiGradient(Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _device(self) -> torch.device:
-        device: torch.device = self.param_groups[0]["params"][0].device
-        return device
+        return self._parameters()[0].device
 
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         """Weigh by the past, take in the present, combine (Algorithm 1)."""
         device = self._device()
-        if self._moments is None:
-            self._moments = Moments(self.moment_decay, len(collected.losses), device)
+        moments = self._moments or Moments(self.moment_decay, len(collected.losses), device)
         losses = torch.stack([loss.to(device, torch.float64) for loss in collected.losses])
         norms = torch.stack([norm(gradients, device) for gradients in collected.gradients])
         unscale = None
@@ -294,9 +303,10 @@ class UnbiasedMultiGradient(Optimizer):
             losses = parallel.agree(losses, norms, last_weights)
         keep = self._admit(losses.isfinite() & norms.isfinite(), scaler is not None)
 
-        gramian, norm_moments = self._moments.gramian(), self._moments.norms()
+        gramian, norm_moments = moments.gramian(), moments.norms()
         prioritized = ask(self.priority, losses)
-        weights, regularization = self.rule(gramian, norm_moments, prioritized)
+        weighting = self.rule(gramian, norm_moments, prioritized)
+        weights, regularization = (part.detach() for part in weighting)
         self.last = Record(
             losses,
             weights,
@@ -308,7 +318,8 @@ class UnbiasedMultiGradient(Optimizer):
         )
         if keep is not False:
             mask = keep if isinstance(keep, Tensor) else None
-            self._moments.update(collected.gradients, norms, scale=unscale, keep=mask)
+            moments.update(collected.gradients, norms, scale=unscale, keep=mask)
+            self._moments = moments
         if keep is not False or scaler is not None:
             # d(κL + κ_reg L²) = (κ + 2 κ_reg L) dL (Algorithm 2, line 11)
             totals = weights + 2.0 * regularization * losses
@@ -320,8 +331,10 @@ class UnbiasedMultiGradient(Optimizer):
 
     def _admit(self, finite: Tensor, overflow_expected: bool) -> Tensor | bool:
         """Whether the moments may see this step: a tensor where asking would wait for a GPU."""
+        if self._skipped.device != finite.device:
+            self._skipped = torch.full((), self.skipped, device=finite.device)
         if finite.is_cuda and (self.nonfinite == "skip" or overflow_expected):
-            self._skipped = self._skipped.to(finite.device) + ~finite.all()
+            self._skipped += ~finite.all()
             return finite.all()
         if finite.all():
             return True

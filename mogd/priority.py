@@ -83,7 +83,8 @@ def ask(priority: Priority, losses: Tensor) -> Tensor:
     if isinstance(answer, bool) or not isinstance(answer, int | Tensor):
         raise TypeError(f"priority must return an integer, got {answer!r}")
     if isinstance(answer, Tensor):
-        if answer.dim() != 0 or answer.dtype not in (torch.int64, torch.int32):
+        fractional = answer.is_floating_point() or answer.is_complex()
+        if answer.dim() != 0 or fractional or answer.dtype is torch.bool:
             raise TypeError(
                 "priority must return an int or a 0-dim integer tensor, "
                 f"got {answer.dtype} of shape {tuple(answer.shape)}"

@@ -158,7 +158,8 @@ class Constant(Rule):
     weights: Sequence[float]
 
     def __post_init__(self) -> None:
-        if not self.weights or not torch.tensor(self.weights).isfinite().all():
+        weights = torch.as_tensor(self.weights)
+        if weights.dim() != 1 or weights.numel() == 0 or not weights.isfinite().all():
             raise ValueError(
                 f"weights must be one finite number for each loss, got {self.weights!r}"
             )
@@ -178,7 +179,7 @@ class GramianRule(Rule):
 
     ``UnbiasedMultiGradient`` wraps a plain callable in this. The function gets the Gramian of the
     moments, shape ``(K, K)``, instead of this batch's, so its weights become unbiased; before any
-    gradient has been seen the weights are 1/K.
+    gradient has been seen it gets the identity, and the weights are 1/K whatever it returns.
 
     Raises:
         ValueError: on use, if the function returns anything but K weights.
@@ -187,7 +188,9 @@ class GramianRule(Rule):
     function: Callable[[Tensor], Tensor]
 
     def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
-        weights = self.function(gramian)
+        seen = (norms > 0).any()
+        identity = torch.eye(norms.numel(), dtype=gramian.dtype, device=gramian.device)
+        weights = self.function(torch.where(seen, gramian, identity))
         if not isinstance(weights, Tensor) or weights.shape != norms.shape:
             found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(
@@ -195,7 +198,7 @@ class GramianRule(Rule):
                 f"from {self.function!r}"
             )
         unseen = torch.full_like(norms, 1.0 / norms.numel())
-        weights = torch.where((norms > 0).any(), weights.to(norms), unseen)
+        weights = torch.where(seen, weights.to(norms), unseen)
         return Weighting(weights, torch.zeros_like(weights))
 
 
