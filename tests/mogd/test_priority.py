@@ -1,0 +1,93 @@
+import math
+
+import pytest
+import torch
+
+from mogd import Fixed, Threshold
+from mogd.priority import ask
+
+LOSSES = torch.tensor([3.0, 4.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("index", [0, 1, 7])
+def test_fixed_favours_the_same_loss_whatever_the_losses(index):
+    assert Fixed(index)(LOSSES) == Fixed(index)(LOSSES.flip(0)) == index
+
+
+@pytest.mark.parametrize("index", [-1, True, 1.0, None, "0"])
+def test_fixed_refuses_what_is_no_index(index):
+    with pytest.raises(ValueError, match=f"index must be an integer .* got {index!r}"):
+        Fixed(index)
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "expected"),
+    [
+        (0.4, 0.5, 0),
+        (0.5, 0.5, 0),
+        (0.6, 0.5, 1),
+        (0.0, 0.0, 0),
+        (-1.0, 0.0, 0),
+        (1.0, math.inf, 0),
+    ],
+)
+def test_threshold_favours_the_first_up_to_and_at_the_limit(value, limit, expected):
+    answer = Threshold(lambda losses: losses.new_tensor(value), limit)(LOSSES)
+    assert answer.shape == ()
+    assert not answer.is_floating_point()
+    assert answer == expected
+
+
+def test_threshold_measures_the_losses_of_the_step():
+    oracle = Threshold(lambda losses: losses[1] - losses[0], 0.5)
+    assert oracle(LOSSES) == 1
+    assert oracle(LOSSES.flip(0)) == 0
+
+
+def test_the_limit_may_be_moved():
+    oracle = Threshold(lambda losses: losses[0], 5.0)
+    assert oracle(LOSSES) == 0
+    oracle.limit = 2.0
+    assert oracle(LOSSES) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [1, *(torch.tensor(1, dtype=getattr(torch, f"int{bits}")) for bits in (8, 16, 32, 64))],
+)
+def test_an_answer_may_be_an_int_or_any_0_dim_integer_tensor(answer):
+    asked = ask(lambda _: answer, LOSSES)
+    assert asked.shape == ()
+    assert asked.dtype == torch.int64
+    assert asked == 1
+
+
+def test_the_priority_is_asked_about_the_losses():
+    assert ask(lambda losses: losses.argmax(), LOSSES) == 1
+    assert ask(lambda losses: losses.argmax(), LOSSES.flip(0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (True, "True"),
+        (1.0, r"1\.0"),
+        (None, "None"),
+        ("1", "'1'"),
+        (torch.tensor(1.0), r"torch\.float32 of shape \(\)"),
+        (torch.tensor(True), r"torch\.bool of shape \(\)"),
+        (torch.tensor(1 + 0j), r"torch\.complex64 of shape \(\)"),
+        (torch.tensor([1]), r"torch\.int64 of shape \(1,\)"),
+        (torch.tensor([0, 1]), r"torch\.int64 of shape \(2,\)"),
+    ],
+)
+def test_an_answer_of_another_kind_is_refused(answer, found):
+    with pytest.raises(TypeError, match=f"priority must return an int.* got {found}"):
+        ask(lambda _: answer, LOSSES)
+
+
+@pytest.mark.parametrize("index", [-1, 2, 100])
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+def test_an_answer_out_of_range_is_refused(index, kind):
+    with pytest.raises(ValueError, match=f"an index of 2 losses, got {index}"):
+        ask(lambda _: kind(index), LOSSES)

@@ -1,0 +1,149 @@
+"""What is refused, and that a refusal changes nothing."""
+
+import math
+
+import pytest
+import torch
+from chosen import (
+    AGREEING,
+    CONFLICTING,
+    assert_same_bits,
+    doubles,
+    linear,
+    optimizer_after,
+    parameter,
+    snapshot,
+    weights_next,
+)
+from torch.testing import assert_close
+
+from mogd import UnbiasedMultiGradient
+
+
+def test_the_number_of_losses_may_not_change():
+    p, optimizer = optimizer_after(AGREEING)
+    before = snapshot(optimizer)
+    for losses in (1, 3):
+        with pytest.raises(ValueError, match=f"losses must be 2 as before, got {losses}"):
+            optimizer.backward([linear(p, (1, 0))] * losses)
+        assert p.grad is None
+        assert_same_bits(snapshot(optimizer), before)
+    assert_close(weights_next(optimizer), doubles(2 / 3, 2 / 5))
+
+
+def test_a_first_step_that_fails_does_not_fix_the_number_of_losses():
+    p, optimizer = optimizer_after()
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="weighs 2 losses, got 3"):
+        optimizer.backward([linear(p, (1, k)) for k in range(3)])
+    assert_same_bits(snapshot(optimizer), before)
+    assert optimizer.last is None
+    assert weights_next(optimizer).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(2, ValueError), (-1, ValueError), (0.0, TypeError), (None, TypeError)],
+)
+def test_a_priority_that_names_no_loss_is_refused_and_changes_nothing(answer, error):
+    p, optimizer = optimizer_after(CONFLICTING, priority=lambda _: 0)
+    before, last = snapshot(optimizer), optimizer.last
+    optimizer.priority = lambda _: answer
+    with pytest.raises(error, match="priority must return"):
+        weights_next(optimizer)
+    assert p.grad is None
+    assert optimizer.last is last
+    assert_same_bits(snapshot(optimizer), before)
+
+
+class OracleError(Exception):
+    pass
+
+
+def fail(*_):
+    raise OracleError
+
+
+def failing_objectives(p):
+    yield linear(p, (5, 5))
+    raise OracleError
+
+
+@pytest.mark.parametrize("fault", ["objective", "priority", "rule"])
+@pytest.mark.parametrize("history", [[], [CONFLICTING]])
+def test_an_exception_on_the_way_leaves_a_clean_optimizer(fault, history):
+    p, optimizer = optimizer_after(*history, lr=0.1, momentum=0.9)
+    _, undisturbed = optimizer_after(*history, lr=0.1, momentum=0.9)
+    before, last = snapshot(optimizer), optimizer.last
+    rule, priority = optimizer.rule, optimizer.priority
+    if fault == "rule":
+        optimizer.rule = fail
+    if fault == "priority":
+        optimizer.priority = fail
+    losses = [linear(p, g) for g in AGREEING]
+    with pytest.raises(OracleError):
+        optimizer.backward(failing_objectives(p) if fault == "objective" else losses)
+    assert p.grad is None
+    assert optimizer.last is last
+    assert_same_bits(snapshot(optimizer), before)
+    optimizer.rule, optimizer.priority = rule, priority
+    for each in (optimizer, undisturbed):
+        q = each.param_groups[0]["params"][0]
+        each.step(lambda q=q: [linear(q, g) for g in AGREEING])
+    assert_same_bits(snapshot(optimizer), snapshot(undisturbed))
+
+
+def test_sparse_gradients_are_refused_by_name_and_change_nothing():
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    optimizer = UnbiasedMultiGradient(table.parameters(), lr=0.1)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \(5, 2\) .*sparse=False"):
+        optimizer.step(lambda: [table(torch.tensor([k])).sum() for k in range(2)])
+    assert table.weight.grad is None
+    assert_same_bits(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        (lambda p: [], ValueError, "losses must hold at least one"),
+        (lambda p: [p], ValueError, r"losses\[0\] must be a scalar, got shape \(2,\)"),
+        (lambda p: [p.sum(), p.detach().sum()], ValueError, r"losses\[1\] has no graph"),
+        (lambda p: p.sum(), TypeError, "losses must be an iterable of scalar tensors, got one"),
+        (lambda p: [p.sum(), 1.0], TypeError, r"losses\[1\] must be a scalar tensor, got float"),
+    ],
+)
+def test_losses_of_the_wrong_kind_are_refused_and_change_nothing(losses, error, message):
+    p, optimizer = optimizer_after(CONFLICTING)
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.backward(losses(p))
+    assert p.grad is None
+    assert_same_bits(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"moment_decay": (1.0, 0.9)}, ValueError, r"moment_decay must be .* got \(1\.0, 0\.9\)"),
+        ({"moment_decay": (0.9, -0.1)}, ValueError, r"moment_decay must be .* got \(0\.9, -0\.1\)"),
+        ({"moment_decay": (0.9, math.nan)}, ValueError, "moment_decay must be .* got"),
+        ({"moment_decay": (0.9,)}, ValueError, r"moment_decay must be .* got \(0\.9,\)"),
+        ({"moment_decay": 0.9}, ValueError, r"moment_decay must be .* got 0\.9"),
+        ({"nonfinite": "ignore"}, ValueError, "nonfinite must be 'raise' or 'skip', got 'ignore'"),
+        ({"nonfinite": True}, ValueError, "nonfinite must be 'raise' or 'skip', got True"),
+        ({"base": "SGD"}, TypeError, "base must be callable, got 'SGD'"),
+        ({"base": lambda params: 3}, TypeError, r"base must make a .*Optimizer, got int"),
+        ({"rule": "bisector"}, TypeError, "rule must be callable, got 'bisector'"),
+        ({"priority": 1}, TypeError, "priority must be callable, got 1"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(options, error, message):
+    with pytest.raises(error, match=message):
+        UnbiasedMultiGradient([parameter(0.0)], **options)
+
+
+@pytest.mark.parametrize("decay", [(0.0, 0.0), (0, 0), [0.5, 0.999999]])
+def test_any_decay_from_0_to_below_1_is_accepted(decay):
+    _, optimizer = optimizer_after(AGREEING, moment_decay=decay)
+    assert_close(weights_next(optimizer), doubles(2 / 3, 2 / 5))

@@ -1,0 +1,62 @@
+"""A slow twin of the paper's Algorithm 1, a line of code for a line of the algorithm.
+
+Plain floats and lists, vanilla gradient descent, two losses. Quotients by zero, on which the paper
+is silent, are 0; the first step, which has no past, weighs both losses by a half.
+"""
+
+from math import hypot
+
+
+def inner(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def quotient(a, b):
+    return a / b if b else 0.0
+
+
+class Twin:
+    def __init__(self, theta, lr, beta_1, beta_2):
+        self.theta = list(theta)
+        self.lr, self.beta_1, self.beta_2 = lr, beta_1, beta_2
+        self.t = 0
+        self.m_hat = [[0.0] * len(self.theta) for _ in range(2)]
+        self.v_hat = [0.0, 0.0]
+
+    def moments(self):
+        """Lines 8-11."""
+        if self.t == 0:
+            return *self.m_hat, *self.v_hat
+        m_1, m_2 = ([x / (1 - self.beta_1**self.t) for x in m] for m in self.m_hat)
+        v_1, v_2 = (v / (1 - self.beta_2**self.t) for v in self.v_hat)
+        return m_1, m_2, v_1, v_2
+
+    def weights(self, abstract_first):
+        """Lines 12-22: κ_adv, κ_IBP, κ_reg."""
+        m_1, m_2, v_1, v_2 = self.moments()
+        if v_1 == v_2 == 0:
+            return 0.5, 0.5, 0.0
+        if inner(m_1, m_2) > 0:
+            d = [quotient(x, v_1) + quotient(y, v_2) for x, y in zip(m_1, m_2, strict=True)]
+            gamma = inner([x + y for x, y in zip(m_1, m_2, strict=True)], d) / inner(d, d) / 2
+            return gamma / v_1, gamma / v_2, 0.0
+        if not abstract_first:
+            return 1.0, quotient(-inner(m_1, m_2), v_2**2), 0.0
+        return quotient(-inner(m_1, m_2), v_1**2), 1.0, 0.5
+
+    def step(self, g_adv, g_ibp, loss_ibp, abstract_first):
+        """One step of Algorithm 2, lines 10-12; then lines 4-7 of Algorithm 1 for the next."""
+        kappa_adv, kappa_ibp, kappa_reg = self.weights(abstract_first)
+        for i, (g_1, g_2) in enumerate(zip(g_adv, g_ibp, strict=True)):
+            # d(κ_reg L²) = 2 κ_reg L dL
+            self.theta[i] -= self.lr * (
+                kappa_adv * g_1 + kappa_ibp * g_2 + 2 * kappa_reg * loss_ibp * g_2
+            )
+        for k, g in enumerate((g_adv, g_ibp)):
+            self.m_hat[k] = [
+                self.beta_1 * m + (1 - self.beta_1) * x
+                for m, x in zip(self.m_hat[k], g, strict=True)
+            ]
+            self.v_hat[k] = self.beta_2 * self.v_hat[k] + (1 - self.beta_2) * hypot(*g)
+        self.t += 1
+        return kappa_adv, kappa_ibp, kappa_reg
