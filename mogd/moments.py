@@ -13,7 +13,9 @@ from torch import Tensor
 Gradients = dict[Tensor, Tensor]
 """The gradient of one loss by parameter; a parameter that is absent has a zero gradient."""
 
-BLOCK = 1 << 16  # elements cast to float64 at a time: bounds the memory and stays in the cache
+# Elements cast to float64 at a time, which bounds the memory:
+BLOCK = 1 << 16  # what stays in a processor's cache
+GPU_BLOCK = 1 << 22  # few launches
 
 
 class Moments:
@@ -76,10 +78,11 @@ class Moments:
             flat = [
                 _flat(of_loss[parameter]) if parameter in of_loss else None for of_loss in gradients
             ]
-            for start in range(0, exp_avg.shape[1], BLOCK):
-                block = exp_avg[:, start : start + BLOCK]
+            size = _block_size(parameter)
+            for start in range(0, exp_avg.shape[1], size):
+                block = exp_avg[:, start : start + size]
                 for row, gradient in zip(block, flat, strict=True):
-                    new = None if gradient is None else gradient[start : start + BLOCK].to(row)
+                    new = None if gradient is None else gradient[start : start + size].to(row)
                     _average(row, new, self.decay[0], scale, keep)
                 double = block.double()
                 self._exp_avg_gramian += (double @ double.T).to(self._exp_avg_gramian.device)
@@ -155,7 +158,7 @@ def norm(gradients: Gradients, device: torch.device) -> Tensor:
     """‖g‖₂ over all parameters, accumulated in float64: 0-dim, not finite if any entry is not."""
     square = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in gradients.values():
-        for block in torch.split(_flat(gradient), BLOCK):
+        for block in torch.split(_flat(gradient), _block_size(gradient)):
             double = block.double()
             square += (double @ double).to(device)
     return square.sqrt()
@@ -178,6 +181,10 @@ def _zeros(parameter: Tensor, losses: int) -> Tensor:
     real = torch.view_as_real(parameter.detach()) if parameter.is_complex() else parameter
     dtype = torch.promote_types(real.dtype, torch.float32)
     return torch.zeros(losses, real.numel(), dtype=dtype, device=parameter.device)
+
+
+def _block_size(tensor: Tensor) -> int:
+    return BLOCK if tensor.device.type == "cpu" else GPU_BLOCK
 
 
 def _flat(gradient: Tensor) -> Tensor:
