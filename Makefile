@@ -19,7 +19,7 @@ bench: .venv/dev
 	$(BIN)/python -m tests.benchmarks.step_cost
 
 docs: .venv/dev
-	$(BIN)/mkdocs build --strict
+	$(BIN)/mkdocs build --strict --config-file .mkdocs.yml
 
 check: .venv/dev
 	$(BIN)/ruff check

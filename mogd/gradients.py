@@ -9,6 +9,11 @@ from torch.amp.grad_scaler import GradScaler
 
 from mogd.moments import Gradients
 
+SHARED_GRAPH = """\
+losses[{index}] shares its graph with a loss before it, and the graph of an iterator's loss is \
+freed before the next loss is made: make each loss from a forward pass of its own, or give \
+backward() a list"""
+
 
 @dataclass
 class LossGradients:
@@ -44,7 +49,12 @@ class LossGradients:
             for parameter in parameters:
                 parameter.grad = self.gradients[index].get(parameter)
             scaled = loss if scaler is None else scaler.scale(loss)
-            torch.autograd.backward(scaled, retain_graph=retain_graph)
+            try:
+                torch.autograd.backward(scaled, retain_graph=retain_graph)
+            except RuntimeError as error:
+                if index and "second time" in str(error):
+                    raise RuntimeError(SHARED_GRAPH.format(index=index)) from error
+                raise
             self.losses[index] += loss.detach()
             self.gradients[index] = _take(parameters, index)
             index += 1

@@ -132,7 +132,7 @@ def evaluating(console: Console, what: str, images: int) -> Iterator[Callable[[i
 def errors_table(title: str, rows: Iterable[tuple[str, Errors]]) -> Table:
     """Standard, PGD and verified error with their counts, a row a network."""
     table = Table(title=title, title_justify="left")
-    table.add_column("network")
+    table.add_column("network", no_wrap=True)
     for column in ("standard", "PGD", "verified", "certified", "falsified", "undecided"):
         table.add_column(column, justify="right")
     for name, errors in rows:

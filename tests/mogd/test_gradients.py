@@ -80,13 +80,6 @@ def test_a_sequence_frees_the_shared_graph_in_the_end():
         shared.backward()
 
 
-def test_the_losses_of_an_iterator_may_not_share_a_graph():
-    p = parameter(2.0)
-    shared = (p**2).sum()
-    with pytest.raises(RuntimeError, match="second time"):
-        taken(iter([shared * 1, shared * 2]), p)
-
-
 class Saved:
     """A tensor that autograd keeps for backward; counts their elements, now and at most."""
 
@@ -316,3 +309,26 @@ def test_combine_of_a_zero_gradient_and_any_weight_is_zero(weight):
     p = parameter(0.0)
     for weights in (doubles(1, weight), doubles(weight, 1)):
         assert combine([{p: torch.zeros(1)}, {p: torch.zeros(1)}], weights)[p].tolist() == [0]
+
+
+def test_an_iterator_whose_losses_share_a_graph_is_explained():
+    p = parameter(1.0, 2.0)
+    shared = p.square()
+    with pytest.raises(RuntimeError, match=r"losses\[1\] shares its graph .* give backward\(\) a"):
+        taken((loss for loss in (shared.sum(), shared.mean())), p)
+
+
+def test_other_errors_of_a_backward_pass_are_left_as_they_are():
+    p = parameter(1.0)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("my own trouble")
+
+    with pytest.raises(RuntimeError, match="my own trouble"):
+        taken([p.sum(), Fails.apply(p)], p)

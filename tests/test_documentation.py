@@ -1,0 +1,60 @@
+"""What the documentation shows is what happens: its code blocks and the docstrings' examples."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from sybil.document import Document
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = [
+    f"{package}.{module.name}"
+    for package in ("mogd", "robust_app")
+    for module in pkgutil.iter_modules([str(ROOT / package)])
+    if module.name != "__main__"  # importing it would run the command line
+]
+NOT_CODE = {"bash", "text", "toml"}  # fences that nobody executes
+
+
+def blocks(page):
+    """The Python blocks of a page; they share names from top to bottom."""
+    return list(Document.parse(str(page), PythonCodeBlockParser()).examples())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page):
+        block.evaluate()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_code_of_a_page_is_missed(page):
+    languages = re.findall(r"^\s*```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)[::2]
+    assert languages.count("python") == len(blocks(page))
+    assert set(languages) <= NOT_CODE | {"python"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_module_hold(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
+
+
+def test_there_are_pages_and_examples_to_test():
+    assert sum(len(blocks(page)) for page in PAGES) >= 10
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    modules = [importlib.import_module(name) for name in MODULES]
+    assert sum(len(test.examples) for module in modules for test in finder.find(module)) >= 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_files_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
