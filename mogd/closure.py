@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from mogd.gradients import each
 from mogd.record import Record
+from mogd.rules import Weighting, slopes
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
@@ -43,7 +44,7 @@ def reevaluation(
         with torch.enable_grad():
             for index, (loss, retain_graph) in enumerate(each(closure())):
                 losses.append(average(loss.detach().to(record.weights)))
-                slope = record.weights[index] + 2 * record.regularization[index] * losses[-1]
+                slope = slopes(Weighting(record.weights, record.regularization), losses[-1])[index]
                 torch.autograd.backward(loss, slope.to(loss), retain_graph=retain_graph)
         return float(value(torch.stack(losses)))
 

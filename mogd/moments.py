@@ -89,14 +89,14 @@ class Moments:
 
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """The state as tensors and plain containers, parameters by their position."""
+        positions = {parameter: position for position, parameter in enumerate(parameters)}
         return {
             "count": self.count,
             "norms": self._exp_avg_norms,
             "gramian": self._exp_avg_gramian,
+            # In the order of first appearance: the Gramian's bits depend on it.
             "exp_avg": {
-                position: self._exp_avgs[parameter]
-                for position, parameter in enumerate(parameters)
-                if parameter in self._exp_avgs
+                positions[parameter]: exp_avg for parameter, exp_avg in self._exp_avgs.items()
             },
         }
 

@@ -13,9 +13,17 @@ from mogd import parallel
 from mogd.closure import needs_closure, reevaluation
 from mogd.gradients import LossGradients, combine
 from mogd.moments import Moments, norm
+from mogd.nonfinite import Guard
 from mogd.priority import Fixed, Priority, ask
 from mogd.record import Record
-from mogd.rules import BisectorProjection, GramianRule, Rule, conflicting
+from mogd.rules import (
+    BisectorProjection,
+    GramianRule,
+    Rule,
+    Weighting,
+    conflicting,
+    slopes,
+)
 
 
 class UnbiasedMultiGradient(Optimizer):
@@ -79,8 +87,6 @@ class UnbiasedMultiGradient(Optimizer):
         pair = isinstance(moment_decay, Sequence) and len(moment_decay) == 2
         if not pair or not all(0.0 <= decay < 1.0 for decay in moment_decay):
             raise ValueError(f"moment_decay must be two numbers in [0, 1), got {moment_decay!r}")
-        if nonfinite not in ("raise", "skip"):
-            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
         for name, value in (("base", base), ("rule", rule), ("priority", priority)):
             if not callable(value):
                 raise TypeError(f"{name} must be callable, got {value!r}")
@@ -92,11 +98,10 @@ class UnbiasedMultiGradient(Optimizer):
         self.moment_decay = moment_decay
         self.rule = rule if isinstance(rule, Rule) else GramianRule(rule)
         self.priority = priority
-        self.nonfinite = nonfinite
         self.distributed = True
         self.last = None
         self._moments: Moments | None = None
-        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._guard = Guard(nonfinite)
         self._accumulating = False
         self._pending: LossGradients | None = None  # micro-batches not yet combined
         self._keep: Tensor | bool = True  # may the base step; a tensor to keep it on the device
@@ -104,9 +109,14 @@ class UnbiasedMultiGradient(Optimizer):
         self._share_with_base()
 
     @property
+    def nonfinite(self) -> str:
+        """What a loss or gradient that is not finite leads to: ``"raise"`` or ``"skip"``."""
+        return self._guard.policy
+
+    @property
     def skipped(self) -> int:
         """How many ``backward`` calls were dropped because something was not finite."""
-        return int(self._skipped)
+        return int(self._guard.skipped)
 
     def backward(
         self, losses: Iterable[Tensor], *, scaler: GradScaler | None = None
@@ -130,8 +140,8 @@ class UnbiasedMultiGradient(Optimizer):
         Raises:
             TypeError, ValueError: if ``losses`` are not K scalars with graphs that reach the
                 parameters, K as before; if the priority names no loss or the rule no K weights.
-            FloatingPointError: if a loss or its gradient is not finite and ``nonfinite`` is
-                ``"raise"``; nothing has changed then.
+            FloatingPointError: if a loss, its gradient or the weighted sum is not finite and
+                ``nonfinite`` is ``"raise"``; nothing has changed then.
             RuntimeError: if processes that train one model hold different gradients or weights.
         """
         if scaler is not None and not scaler.is_enabled():
@@ -172,7 +182,7 @@ class UnbiasedMultiGradient(Optimizer):
         Args:
             closure: returns the losses; with it, this is ``zero_grad``, ``backward`` and ``step``
                 in one. A base that evaluates the losses several times a step (L-BFGS) needs it,
-                and sees the same weights at each evaluation.
+                and sees the same weights at each evaluation; ``nonfinite`` guards the first.
 
         Returns:
             The record of ``backward`` if a closure was given.
@@ -192,11 +202,13 @@ class UnbiasedMultiGradient(Optimizer):
                 "the last backward() before step() belongs outside accumulate()"
             )
         keep, self._keep = self._keep, True
-        if keep is False:
-            return record
+        if isinstance(keep, Tensor) and not _skips_on_device(self.base):
+            keep = bool(keep)
         with torch.no_grad():
             if isinstance(keep, Tensor):
                 self._masked_base_step(keep)
+            elif not keep:
+                pass
             elif not needs_closure(self.base):
                 self.base.step()
             elif closure is None or record is None:
@@ -261,14 +273,14 @@ class UnbiasedMultiGradient(Optimizer):
         self._share_with_base()
         self.moment_decay = (beta_1, beta_2)
         self._moments = moments
-        self._skipped = torch.tensor(state_dict["skipped"])
+        self._guard.skipped = torch.tensor(state_dict["skipped"])
         self._pending, self._keep = None, True
         for conclude in self._optimizer_load_state_dict_post_hooks.values():
             conclude(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "moment_decay", "rule", "priority", "nonfinite", "distributed", "last")
-        private = ("_moments", "_skipped", "_pending", "_accumulating", "_keep")
+        names = ("base", "moment_decay", "rule", "priority", "distributed", "last")
+        private = ("_moments", "_guard", "_pending", "_accumulating", "_keep")
         return {name: self.__dict__[name] for name in names + private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -300,56 +312,42 @@ class UnbiasedMultiGradient(Optimizer):
             norms = norms * unscale
         if self.distributed and parallel.world_size() > 1:
             last_weights = torch.zeros_like(losses) if self.last is None else self.last.weights
-            losses = parallel.agree(losses, norms, last_weights)
-        keep = self._admit(losses.isfinite() & norms.isfinite(), scaler is not None)
+            look = self.nonfinite == "raise" or not losses.is_cuda
+            losses = parallel.agree(losses, norms, last_weights, look)
 
         gramian, norm_moments = moments.gramian(), moments.norms()
         prioritized = ask(self.priority, losses)
-        weighting = self.rule(gramian, norm_moments, prioritized)
-        weights, regularization = (part.detach() for part in weighting)
-        self.last = Record(
-            losses,
-            weights,
-            regularization,
-            gramian,
-            norm_moments,
-            conflicting(gramian),
-            prioritized,
-        )
+        chosen = self.rule(gramian, norm_moments, prioritized)
+        weighting = Weighting(*(part.detach() for part in chosen))
+        total = slopes(weighting, losses)
+        keep = self._guard.admit(losses, norms, total, self._largest(), scaler is not None)
+        conflict = conflicting(gramian, norm_moments)
+        self.last = Record(losses, *weighting, gramian, norm_moments, conflict, prioritized)
+        mask = keep if isinstance(keep, Tensor) else None
         if keep is not False:
-            mask = keep if isinstance(keep, Tensor) else None
             moments.update(collected.gradients, norms, scale=unscale, keep=mask)
             self._moments = moments
         if keep is not False or scaler is not None:
-            # d(κL + κ_reg L²) = (κ + 2 κ_reg L) dL (Algorithm 2, line 11)
-            totals = weights + 2.0 * regularization * losses
-            for parameter, gradient in combine(collected.gradients, totals).items():
+            for parameter, gradient in combine(collected.gradients, total).items():
+                if mask is not None and scaler is None:  # a scaler looks for what overflowed
+                    gradient = torch.where(mask, gradient, 0.0)
                 parameter.grad = gradient
         if scaler is None:
             self._keep = keep
         return self.last
 
-    def _admit(self, finite: Tensor, overflow_expected: bool) -> Tensor | bool:
-        """Whether the moments may see this step: a tensor where asking would wait for a GPU."""
-        if self._skipped.device != finite.device:
-            self._skipped = torch.full((), self.skipped, device=finite.device)
-        if finite.is_cuda and (self.nonfinite == "skip" or overflow_expected):
-            self._skipped += ~finite.all()
-            return finite.all()
-        if finite.all():
-            return True
-        if self.nonfinite == "raise" and not overflow_expected:
-            names = [f"losses[{index}]" for index in (~finite).nonzero().flatten().tolist()]
-            raise FloatingPointError(f"not finite: {' and '.join(names)}, or the gradient of it")
-        self._skipped += 1
-        return False
+    def _largest(self) -> float:
+        """The largest number a gradient may hold, float32's for halves: these have scalers."""
+        dtype = torch.promote_types(self._parameters()[0].dtype, torch.float32)
+        return torch.finfo(dtype).max
 
     def _masked_base_step(self, keep: Tensor) -> None:
-        """Step where ``keep`` is True; fused bases decide on the device, others ask it."""
-        if getattr(self.base, "_step_supports_amp_scaling", False):
-            fused: Any = self.base  # the protocol between GradScaler and fused optimizers
-            fused.grad_scale, fused.found_inf = None, (~keep).float()
-            self.base.step()
-            del fused.grad_scale, fused.found_inf
-        elif keep:
-            self.base.step()
+        """Step where ``keep`` is True, by the protocol between GradScaler and fused optimizers."""
+        fused: Any = self.base
+        fused.grad_scale, fused.found_inf = None, (~keep).float()
+        self.base.step()
+        del fused.grad_scale, fused.found_inf
+
+
+def _skips_on_device(optimizer: Optimizer) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False)

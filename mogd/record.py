@@ -15,7 +15,7 @@ class Record:
         regularization: κ_reg, the weight of each squared loss, shape ``(K,)``.
         gramian: inner products of the moments behind the weights, shape ``(K, K)``.
         norms: moments of the gradients' norms behind the weights, shape ``(K,)``.
-        conflict: whether two moments disagreed, 0-dim bool.
+        conflict: whether two moments disagreed (:func:`mogd.rules.conflicting`), 0-dim bool.
         prioritized: index of the loss that the priority favoured, 0-dim integer.
     """
 

@@ -40,24 +40,23 @@ class Rule(ABC):
         """
 
 
-def conflicting(gramian: Tensor) -> Tensor:
-    """Whether two moments disagree: ⟨mⱼ, mₖ⟩ ≤ 0 for a pair j ≠ k, neither of them zero.
+def conflicting(gramian: Tensor, norms: Tensor) -> Tensor:
+    """Whether two moments disagree: ⟨mⱼ, mₖ⟩ ≤ 0 for a pair j ≠ k, once there is a gradient.
 
     Args:
         gramian: inner products of the moments, shape ``(K, K)``.
+        norms: moments of the norms, shape ``(K,)``; all 0 before any gradient.
 
     Returns:
         0-dim bool tensor.
 
-    Source: paper, Algorithm 1, line 12. A zero moment has no direction to disagree about; what
-    the weights are does not depend on this reading (both branches are then the projection's).
+    Source: paper, Algorithm 1, line 12.
 
-    >>> conflicting(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
+    >>> conflicting(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), torch.ones(2))
     tensor(True)
     """
-    nonzero = gramian.diagonal() > 0
-    pairs = (nonzero[:, None] & nonzero[None, :]).triu(diagonal=1)
-    return (pairs & (gramian <= 0)).any()
+    pairs = torch.ones_like(gramian, dtype=torch.bool).triu(diagonal=1)
+    return (pairs & (gramian <= 0)).any() & _seen(norms)
 
 
 def bisector(gramian: Tensor, norms: Tensor) -> Tensor:
@@ -129,15 +128,14 @@ class BisectorProjection(Rule):
                 f"BisectorProjection weighs 2 losses, got {norms.numel()}; "
                 "give UnbiasedMultiGradient another rule for more or fewer"
             )
-        agreement = gramian[0, 1] > 0
+        conflict = conflicting(gramian, norms)
         weights = torch.where(
-            agreement, bisector(gramian, norms), projection(gramian, norms, prioritized)
+            conflict, projection(gramian, norms, prioritized), bisector(gramian, norms)
         )
-        seen = (norms > 0).any()
         second = torch.arange(2, device=norms.device) == 1
-        regularized = seen & ~agreement & second & (prioritized == 1)
+        regularized = conflict & second & (prioritized == 1)
         return Weighting(
-            torch.where(seen, weights, torch.full_like(weights, 0.5)),
+            torch.where(_seen(norms), weights, torch.full_like(weights, 0.5)),
             self.regularization * regularized.to(norms),
         )
 
@@ -188,7 +186,7 @@ class GramianRule(Rule):
     function: Callable[[Tensor], Tensor]
 
     def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
-        seen = (norms > 0).any()
+        seen = _seen(norms)
         identity = torch.eye(norms.numel(), dtype=gramian.dtype, device=gramian.device)
         weights = self.function(torch.where(seen, gramian, identity))
         if not isinstance(weights, Tensor) or weights.shape != norms.shape:
@@ -200,6 +198,19 @@ class GramianRule(Rule):
         unseen = torch.full_like(norms, 1.0 / norms.numel())
         weights = torch.where(seen, weights.to(norms), unseen)
         return Weighting(weights, torch.zeros_like(weights))
+
+
+def slopes(weighting: Weighting, losses: Tensor) -> Tensor:
+    """What each gradient is multiplied by: d(κL + κ_reg L²)/dL = κ + 2 κ_reg L, shape ``(K,)``.
+
+    Source: paper, Algorithm 2, line 11.
+    """
+    return weighting.weights + 2.0 * weighting.regularization * losses
+
+
+def _seen(norms: Tensor) -> Tensor:
+    """Whether there has been a gradient other than 0."""
+    return (norms > 0).any()
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -121,7 +121,6 @@ def _report(
         if which == "best" and not directory.best_file.exists():
             continue
         network, epoch = session.load_network(directory, dataset, which)
-        network.to(dataset.x_test.device)
         name = f"{which} (epoch {epoch})"
         with reporting.evaluating(console, name, len(dataset.x_test)) as on_batch:
             errors = session.measure(network, dataset, config, verifier, on_batch)

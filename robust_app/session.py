@@ -77,7 +77,7 @@ def _restore(trainer: Trainer, directory: RunDirectory) -> None:
 
 
 def load_network(directory: RunDirectory, dataset: Dataset, which: str) -> tuple[nn.Module, int]:
-    """A saved network of a run and the epoch it is of.
+    """A saved network of a run, on the device of the data, and the epoch it is of.
 
     Args:
         directory: of the run.
@@ -91,7 +91,7 @@ def load_network(directory: RunDirectory, dataset: Dataset, which: str) -> tuple
     saved = checkpoint.load(path)
     network = build_network(directory.config(), dataset)
     checkpoint.restore(network, saved["network"], path)
-    return network.eval(), int(saved["epoch"])
+    return network.eval().to(dataset.x_test.device), int(saved["epoch"])
 
 
 def measure(

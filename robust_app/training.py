@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,12 +48,9 @@ class Means:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def read(self) -> dict[str, float]:
-        """The averages, over all processes; asks the device."""
-        return {
-            name: float(parallel.average(total / self.counts[name]))
-            for name, total in self.sums.items()
-        }
+    def read(self, over: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]:
+        """The averages of this process, or over what ``over`` takes them to; asks the device."""
+        return {name: float(over(total / self.counts[name])) for name, total in self.sums.items()}
 
 
 class Trainer:
@@ -130,7 +127,7 @@ class Trainer:
             except FloatingPointError as error:
                 raise _diverged(f"epoch {epoch + 1}, batch {number + 1}: {error}") from error
             watcher.batch(epoch, number + 1, steps, now, means)
-        averages = means.read()
+        averages = means.read(over=parallel.average)
         # The optimizer looks at both losses of each joint step; the warm-up is looked at here.
         if not all(np.isfinite(value) for value in averages.values()):
             raise _diverged(f"epoch {epoch + 1}: a mean loss is not finite")

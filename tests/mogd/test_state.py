@@ -406,3 +406,33 @@ def test_repr_and_profiler_name():
         optimizer.step()
     names = {event.key for event in profile.key_averages()}
     assert "Optimizer.step#UnbiasedMultiGradient.step" in names
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_resume_keeps_the_bits_where_losses_touch_different_parameters(seed):
+    def start():
+        torch.manual_seed(seed)
+        parameters = [torch.nn.Parameter(torch.randn(50, dtype=torch.float64)) for _ in range(4)]
+        return parameters, UnbiasedMultiGradient(parameters, lr=0.1)
+
+    def step(parameters, optimizer):
+        first, second, third, fourth = parameters
+        optimizer.step(
+            lambda: [
+                (first - fourth).square().sum() + fourth.sum(),
+                (second.sin() * third).sum() + (fourth - 1).square().sum(),
+            ]
+        )
+        return optimizer.last
+
+    parameters, optimizer = start()
+    for _ in range(3):
+        step(parameters, optimizer)
+    again, resumed = start()
+    for one, other in zip(parameters, again, strict=True):
+        other.data.copy_(one.data)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(5):
+        one, other = step(parameters, optimizer), step(again, resumed)
+        assert torch.equal(one.gramian, other.gramian)
+        assert torch.equal(one.weights, other.weights)

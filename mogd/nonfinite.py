@@ -1,0 +1,62 @@
+"""What happens to a step whose numbers are not finite."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+class Guard:
+    """Keeps what is not finite from the moments and the parameters.
+
+    Args:
+        policy: ``"raise"`` or ``"skip"``.
+
+    Raises:
+        ValueError: if the policy is another.
+    """
+
+    def __init__(self, policy: Literal["raise", "skip"]) -> None:
+        if policy not in ("raise", "skip"):
+            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {policy!r}")
+        self.policy = policy
+        self.skipped = torch.zeros((), dtype=torch.int64)
+
+    def admit(
+        self, losses: Tensor, norms: Tensor, slopes: Tensor, largest: float, scaled: bool
+    ) -> Tensor | bool:
+        """Whether the moments and the parameters may see this step.
+
+        Args:
+            losses: shape ``(K,)``.
+            norms: of their gradients, shape ``(K,)``.
+            slopes: what the gradients will be multiplied by, shape ``(K,)``.
+            largest: number that the parameters' dtype can hold; Σₖ |slopeₖ| ‖gₖ‖ must stay below.
+            scaled: whether a GradScaler expects overflows, and deals with them.
+
+        Returns:
+            A bool; on a GPU, where looking would wait for the device, a 0-dim bool tensor.
+
+        Raises:
+            FloatingPointError: if not, under ``"raise"`` and without a scaler.
+        """
+        sound = losses.isfinite() & norms.isfinite()
+        keep = sound.all() & ((slopes.abs() * norms).sum() < largest)
+        if self.skipped.device != keep.device:
+            self.skipped = torch.full((), int(self.skipped), device=keep.device)
+        if keep.is_cuda and (self.policy == "skip" or scaled):
+            self.skipped += ~keep
+            return keep
+        if keep:
+            return True
+        if self.policy == "raise" and not scaled:
+            raise FloatingPointError(_describe(sound, slopes))
+        self.skipped += 1
+        return False
+
+
+def _describe(sound: Tensor, slopes: Tensor) -> str:
+    names = [f"losses[{index}]" for index in (~sound).nonzero().flatten().tolist()]
+    if names:
+        return f"not finite: {' and '.join(names)}, or the gradient of it"
+    return f"not finite: the sum of the gradients, weighed by {slopes.tolist()}"
