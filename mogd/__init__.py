@@ -5,6 +5,8 @@ from mogd.priority import Fixed, Priority, Threshold
 from mogd.record import Record
 from mogd.rules import BisectorProjection, Constant, GramianRule, Rule, Weighting
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BisectorProjection",
     "Constant",

@@ -1,8 +1,9 @@
 """Files that are whole or not there, and that execute nothing when read."""
 
 import os
-import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,30 @@ from robust_app.errors import UserError
 
 
 def save(content: dict[str, Any], path: Path) -> None:
-    """Write tensors and plain values; a crash at any moment leaves the old file or the new one."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    """Write tensors and plain values; a crash at any moment leaves the old file or the new one.
+
+    Raises:
+        UserError: if the disk is full or may not be written.
+    """
+    with replacing(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of ``path``, which it becomes when it is whole.
+
+    Raises:
+        UserError: if the disk is full or may not be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -34,7 +52,7 @@ def load(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch raises whatever its unpickler stumbled over
         raise UserError(f"{path}: not a checkpoint of robust-app") from error
     if not isinstance(content, dict) or content.get("format") != "robust-app 1":
         raise UserError(f"{path}: not a checkpoint of robust-app")
@@ -49,6 +67,6 @@ def restore(network: nn.Module, state: dict[str, Any], path: Path) -> None:
     """
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: holds another network ({reason})") from error

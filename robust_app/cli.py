@@ -1,6 +1,8 @@
 """The command line: parse, make a Config, call."""
 
 import dataclasses
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,13 +11,17 @@ import typer
 from rich.console import Console
 
 from robust_app import config as configs
-from robust_app import curves, data, distributed, methods, models, reporting, session
+from robust_app import curves, data, distributed, environment, methods, models, reporting, session
 from robust_app.config import Config
 from robust_app.data import Dataset
+from robust_app.distributed import World
 from robust_app.errors import UserError, unknown
-from robust_app.evaluation import VERIFIERS
+from robust_app.evaluation import VERIFIERS, Errors
 from robust_app.run_directory import RunDirectory, next_free
 from robust_app.training import Trainer
+
+# Typer has no public name for the class of all usage errors, two above BadParameter.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     help="Train and evaluate image classifiers with certified ℓ∞ robustness.",
@@ -59,87 +65,80 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a network; with no options, AdvIBP on the embedded digits in about a minute."""
-    console = Console()
     if resume and run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
     directory = RunDirectory(run_dir or next_free(Path("runs"), Path(recipe or "digits").stem))
     stored = directory.config() if resume else None
+    if stored is None:
+        directory.check_free()
     config = _requested(stored, recipe, settings or [], epochs, seed)
     if stored is not None and config != stored:
         raise UserError(f"--resume: the run has {_differences(stored, config)}")
+    until = min(stop_after or config.epochs, config.epochs)
+    data_root = data_root or _last_data_root(directory)
     with distributed.join(device) as world:
-        dataset = data.load(config.dataset, data_root, download).to(world.device)
+        dataset = _load(config, data_root, download, world)
         trainer = Trainer(config, dataset, world)
         if not world.leads:
-            session.run(trainer, directory, reporting.Silent(), stop_after or config.epochs)
+            session.run(trainer, directory, reporting.Silent(), until)
             return
         with directory.locked():
-            if not resume:
+            if stored is None:
                 directory.start(config)
-            directory.describe_environment(world.device, world.size)
-            console.print(f"run directory: {directory.path}", soft_wrap=True)
-            _train_and_report(console, trainer, directory, dataset, stop_after)
+            directory.add_environment(
+                environment.describe(world.device, world.size, config.seed, data_root)
+            )
+            _train_and_report(reporting.console(), trainer, directory, dataset, until)
 
 
 def _train_and_report(
-    console: Console,
-    trainer: Trainer,
-    directory: RunDirectory,
-    dataset: Dataset,
-    stop_after: int | None,
+    console: Console, trainer: Trainer, directory: RunDirectory, dataset: Dataset, until: int
 ) -> None:
-    config = trainer.config
-    until = min(stop_after or config.epochs, config.epochs)
-    again = f"robust-app train --run-dir {directory.path} --resume"
+    """Train, draw the curves and, at the end of the run, evaluate."""
+    console.print(f"run directory: {directory.path}", soft_wrap=True)
+    again = f"continue with: robust-app train --run-dir {shlex.quote(str(directory.path))} --resume"
     try:
-        with reporting.watcher(console, config.epochs) as watcher:
+        with reporting.watcher(console, trainer.config.epochs) as watcher:
             session.run(trainer, directory, watcher, until)
     except KeyboardInterrupt:
-        console.print(
-            f"interrupted; all whole epochs are kept, continue with: {again}", soft_wrap=True
-        )
+        console.print(f"interrupted; all whole epochs are kept, {again}", soft_wrap=True)
         raise typer.Exit(130) from None
-    metrics = directory.metrics()
-    if metrics:
-        curves.draw(metrics, directory.curves_file)
-    if until < config.epochs:
-        console.print(f"paused after epoch {until}; continue with: {again}", soft_wrap=True)
-        return
-    _report(console, directory, dataset, config, "ibp")
+    curves.draw(directory.metrics(), directory.curves_file)
+    if trainer.epochs_done < trainer.config.epochs:
+        console.print(f"paused after epoch {trainer.epochs_done}; {again}", soft_wrap=True)
+    else:
+        _report(console, directory, dataset, trainer.config, "ibp")
 
 
 def _report(
-    console: Console,
-    directory: RunDirectory,
-    dataset: Dataset,
-    config: Config,
-    verifier: str,
+    console: Console, directory: RunDirectory, dataset: Dataset, config: Config, verifier: str
 ) -> None:
     """Evaluate the run's networks on the test images; print and keep the errors."""
-    rows = []
+    rows: dict[int, tuple[str, Errors]] = {}
     for which in ("best", "last"):
         if which == "best" and not directory.best_file.exists():
             continue
         network, epoch = session.load_network(directory, dataset, which)
+        if epoch in rows:  # the best is the last
+            rows[epoch] = (f"best, last (epoch {epoch})", rows[epoch][1])
+            continue
         name = f"{which} (epoch {epoch})"
         with reporting.evaluating(console, name, len(dataset.x_test)) as on_batch:
-            errors = session.measure(network, dataset, config, verifier, on_batch)
-        rows.append((name, errors))
-        directory.add_result(
-            {
-                "network": which,
-                "epoch": epoch,
-                "epsilon": config.evaluation_epsilon,
-                "verifier": verifier,
-            }
-            | {"pgd_steps": config.pgd_steps, "pgd_restarts": config.pgd_restarts}
-            | errors.as_dict()
-        )
+            rows[epoch] = (name, session.measure(network, dataset, config, verifier, on_batch))
     title = (
-        f"{dataset.name}: {len(dataset.x_test)} test images, ε = {config.evaluation_epsilon:.4g}"
+        f"{dataset.name}: {len(dataset.x_test)} test images, ε = {config.evaluation_epsilon:.4g}, "
+        f"verified by {verifier}, PGD of {config.pgd_steps} steps"
     )
-    title += f", verified by {verifier}, PGD of {config.pgd_steps} steps"
-    console.print(reporting.errors_table(title, rows))
+    console.print(reporting.errors_table(title, rows.values()))
+    how = {
+        "epsilon": config.evaluation_epsilon,
+        "verifier": verifier,
+        "pgd_steps": config.pgd_steps,
+        "pgd_restarts": config.pgd_restarts,
+    }
+    directory.add_results(
+        [{"network": name, **how, **errors.as_dict()} for name, errors in rows.values()]
+    )
 
 
 @app.command()
@@ -167,18 +166,19 @@ def evaluate(
     }
     given = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(config, **given)
+    data_root = data_root or _last_data_root(directory)
     with distributed.join(device) as world:
-        if not world.leads:
-            return
-        dataset = data.load(config.dataset, data_root, download).to(world.device)
-        _report(Console(), directory, dataset, config, verifier)
+        dataset = _load(config, data_root, download, world)
+        if world.leads:
+            with directory.locked():
+                _report(reporting.console(), directory, dataset, config, verifier)
 
 
 @app.command()
 def recipes() -> None:
     """List the recipes that `train --recipe` takes."""
     rows = [(name, configs.recipe_description(name)) for name in configs.recipe_names()]
-    Console().print(reporting.listing(("recipe", "what it trains"), rows))
+    reporting.console().print(reporting.listing(("recipe", "what it trains"), rows))
 
 
 @app.command("models")
@@ -188,20 +188,33 @@ def list_models() -> None:
         (name, str(architecture), architecture.description)
         for name, architecture in models.MODELS.items()
     ]
-    Console().print(reporting.listing(("model", "hidden layers", "what it is"), rows))
+    reporting.console().print(reporting.listing(("model", "hidden layers", "what it is"), rows))
 
 
 @app.command("methods")
 def list_methods() -> None:
     """List the methods that a recipe's `method` names."""
     rows = [(name, method.description) for name, method in methods.METHODS.items()]
-    Console().print(reporting.listing(("method", "losses and weights"), rows))
+    reporting.console().print(reporting.listing(("method", "losses and weights"), rows))
 
 
 @app.command()
 def datasets() -> None:
     """List the data sets that a recipe's `dataset` names."""
-    Console().print(reporting.listing(("data set", "what it holds"), data.DATASETS.items()))
+    reporting.console().print(
+        reporting.listing(("data set", "what it holds"), data.DATASETS.items())
+    )
+
+
+def _load(config: Config, data_root: Path | None, download: bool, world: World) -> Dataset:
+    with world.leader_first():
+        return data.load(config.dataset, data_root, download).to(world.device)
+
+
+def _last_data_root(directory: RunDirectory) -> Path | None:
+    """Where the run found its data when it was last started."""
+    roots = [Path(made["data_root"]) for made in directory.environments() if made["data_root"]]
+    return roots[-1] if roots else None
 
 
 def _requested(
@@ -235,7 +248,18 @@ def _differences(stored: Config, requested: Config) -> str:
 def main() -> None:
     """Run the command line: status 0 done, 2 for what the user can mend, 130 on Ctrl-C."""
     try:
-        app()
+        status = app(standalone_mode=False)
     except UserError as error:
-        print(f"robust-app: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = _refuse(str(error))
+    except USAGE_ERROR as error:
+        status = _refuse(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    sys.exit(status)
+
+
+def _refuse(reason: str) -> int:
+    """Say in one line, and from one process, what is wrong."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"robust-app: {reason}", file=sys.stderr)
+    return 2

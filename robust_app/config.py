@@ -41,8 +41,8 @@ def _floats(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-# The ends of the open ranges: the float next to 0, next to 1 and before infinity.
-_TINY, _BELOW_ONE, _HUGE = math.nextafter(0, 1), math.nextafter(1, 0), sys.float_info.max
+# The ends of the open ranges: the float next to 0, next to 1, and what float32 can hold.
+_TINY, _BELOW_ONE, _HUGE = math.nextafter(0, 1), math.nextafter(1, 0), 3.4e38
 _LIST = (list, tuple)
 
 TEXT = Rule(
@@ -131,6 +131,12 @@ class Config:
             if not rule.admits(value):
                 raise UserError(f"{name}: expected {rule.expectation}, found {value!r}")
             object.__setattr__(self, name, rule.convert(value))
+        warm_up = self.natural_epochs + self.adversarial_epochs
+        if warm_up > self.epochs * (1 + 1e-9):
+            raise UserError(
+                f"epochs: expected at least the {warm_up:g} of the warm-up, found {self.epochs} "
+                "(train --epochs shortens the whole schedule)"
+            )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Config":
@@ -209,6 +215,9 @@ def with_epochs(config: Config, epochs: int) -> Config:
     >>> short.epochs, short.adversarial_epochs, short.milestones
     (25, 4.0, (15.0, 20.0))
     """
+
+    if epochs == config.epochs:
+        return config
 
     def scaled(duration: float) -> float:
         return duration * epochs / config.epochs

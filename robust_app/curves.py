@@ -6,6 +6,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from robust_app.checkpoint import replacing
+
 PANELS = (
     ("loss", ("natural_loss", "adversarial_loss", "certified_loss")),
     ("weight", ("adversarial_weight", "certified_weight")),
@@ -36,4 +38,5 @@ def draw(metrics: list[dict[str, Any]], path: Path) -> None:
         if axes.lines:
             axes.legend(fontsize="small")
     axes.set_xlabel("epoch")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")

@@ -54,7 +54,7 @@ class Errors:
     @property
     def verified(self) -> float:
         """Percentage of images not certified, an upper bound of the robust error."""
-        return 100 * (1 - self.certified / self.examples)
+        return 100 * (self.examples - self.certified) / self.examples
 
     def as_dict(self) -> dict[str, Any]:
         """Counts and percentages, for JSON."""
@@ -137,7 +137,8 @@ def evaluate(
             restarts=pgd_restarts,
             generator=generator,
         )
-        if (broken & proved).any() or (wrong & ~broken).any():
+        broken |= wrong
+        if (broken & proved).any():
             raise Contradiction(
                 f"{int((broken & proved).sum())} certified images have counterexamples within "
                 f"{epsilon}: a bound is not sound"

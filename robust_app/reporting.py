@@ -144,6 +144,12 @@ def errors_table(title: str, rows: Iterable[tuple[str, Errors]]) -> Table:
     return table
 
 
+def console() -> Console:
+    """Standard output: as wide as the terminal, or as a table needs where there is none."""
+    output = Console()
+    return output if output.is_terminal else Console(width=120)
+
+
 def listing(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """What there is, a row each."""
     table = Table(*columns)

@@ -1,20 +1,15 @@
-"""The files of one training run."""
+"""The files of one training run; each is replaced whole, so that none is ever half written."""
 
 import json
-import os
-import platform
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
+from robust_app.checkpoint import replacing
 from robust_app.config import Config
 from robust_app.errors import UserError
 
@@ -23,12 +18,13 @@ class RunDirectory:
     """Where a run keeps its configuration, metrics, checkpoint, models and curves.
 
     Args:
-        path: the folder; made by :meth:`start`.
+        path: the folder; made by :meth:`locked`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.toml"
+        self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
         self.best_file = path / "best.pt"
@@ -56,36 +52,27 @@ class RunDirectory:
         finally:
             lock.release()
 
-    def holds_run(self) -> bool:
-        """Whether a run was begun here."""
-        return self.config_file.exists()
+    def check_free(self) -> None:
+        """See that a new run would overwrite nothing.
+
+        Raises:
+            UserError: if the folder holds anything.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: not a folder")
+        if self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+            raise UserError(
+                f"{self.path}: not empty; add --resume to continue the run in it, or choose another"
+            )
 
     def start(self, config: Config) -> None:
-        """Write down the configuration and what it runs on.
+        """Write the configuration of a new run.
 
         Raises:
             UserError: if the folder holds anything already.
         """
-        if any(entry.name != ".lock" for entry in self.path.iterdir()):
-            raise UserError(
-                f"{self.path}: not empty; add --resume to continue the run in it, or choose another"
-            )
-        self.config_file.write_text(config.to_toml(), encoding="utf-8")
-
-    def describe_environment(self, device: torch.device, processes: int) -> None:
-        """Write what is needed to repeat the run into ``environment.json``."""
-        environment = {
-            "command": sys.argv,
-            "commit": _commit(),
-            "packages": {name: version(name) for name in ("torch", "torchvision", "numpy")},
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "processes": processes,
-        }
-        text = json.dumps(environment, indent=2) + "\n"
-        (self.path / "environment.json").write_text(text, encoding="utf-8")
+        self.check_free()
+        _write(self.config_file, config.to_toml())
 
     def config(self) -> Config:
         """The configuration of the run.
@@ -102,24 +89,30 @@ class RunDirectory:
         except UserError as error:
             raise UserError(f"{self.config_file}: {error}") from None
 
+    def environments(self) -> list[dict[str, Any]]:
+        """What each start of the run was made with, oldest first."""
+        return _read_list(self.environment_file, lines=False)
+
+    def add_environment(self, environment: dict[str, Any]) -> None:
+        """Append what this start of the run is made with to ``environment.json``."""
+        text = json.dumps([*self.environments(), environment], indent=2) + "\n"
+        _write(self.environment_file, text)
+
     def metrics(self) -> list[dict[str, Any]]:
         """One mapping an epoch, in order."""
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return _read_list(self.metrics_file, lines=True)
 
     def write_metrics(self, metrics: list[dict[str, Any]]) -> None:
-        """Replace the metrics, so that a crash never leaves half a line."""
-        text = "".join(json.dumps(epoch) + "\n" for epoch in metrics)
-        _replace_text(self.metrics_file, text)
+        """Replace the metrics of all epochs."""
+        _write(self.metrics_file, "".join(json.dumps(epoch) + "\n" for epoch in metrics))
 
-    def add_result(self, result: dict[str, Any]) -> None:
-        """Append an evaluation to ``results.json``, a list."""
-        results = []
-        if self.results_file.exists():
-            results = json.loads(self.results_file.read_text(encoding="utf-8"))
-        _replace_text(self.results_file, json.dumps([*results, result], indent=2) + "\n")
+    def results(self) -> list[dict[str, Any]]:
+        """Every evaluation of the run, oldest first."""
+        return _read_list(self.results_file, lines=False)
+
+    def add_results(self, results: list[dict[str, Any]]) -> None:
+        """Append evaluations to ``results.json``."""
+        _write(self.results_file, json.dumps([*self.results(), *results], indent=2) + "\n")
 
 
 def next_free(parent: Path, name: str) -> Path:
@@ -130,20 +123,20 @@ def next_free(parent: Path, name: str) -> Path:
     return path
 
 
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
-def _commit() -> str | None:
-    """The commit of the code that runs; None where it is not in a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+def _read_list(path: Path, lines: bool) -> list[dict[str, Any]]:
+    """The mappings of a JSON list, or of JSON lines; none if there is no file."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
+        text = path.read_text(encoding="utf-8")
+        found = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise UserError(f"{path}: cannot be read (expected mappings)")
+    return found

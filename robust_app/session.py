@@ -45,7 +45,12 @@ def run(trainer: Trainer, directory: RunDirectory, watcher: Watcher, stop_after:
     """
     if directory.checkpoint_file.exists():
         _restore(trainer, directory)
-    elif trainer.world.leads:
+    if not trainer.world.agree_on(trainer.epochs_done):
+        raise UserError(
+            f"{directory.checkpoint_file}: the processes see different checkpoints; "
+            "they need one shared folder"
+        )
+    if trainer.world.leads and trainer.epochs_done == 0:
         checkpoint.save(FORMAT | trainer.state_dict(), directory.checkpoint_file)
     metrics = directory.metrics()[: trainer.epochs_done]
     while trainer.epochs_done < stop_after:
@@ -72,7 +77,7 @@ def _restore(trainer: Trainer, directory: RunDirectory) -> None:
         checkpoint.restore(trainer.network, state["network"], path)
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.epochs_done = state["epochs_done"]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: does not fit this run ({error})") from error
 
 
@@ -89,6 +94,8 @@ def load_network(directory: RunDirectory, dataset: Dataset, which: str) -> tuple
     """
     path = directory.best_file if which == "best" else directory.last_file
     saved = checkpoint.load(path)
+    if not {"network", "epoch"} <= saved.keys():
+        raise UserError(f"{path}: holds no network")
     network = build_network(directory.config(), dataset)
     checkpoint.restore(network, saved["network"], path)
     return network.eval().to(dataset.x_test.device), int(saved["epoch"])

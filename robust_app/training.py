@@ -129,8 +129,9 @@ class Trainer:
             watcher.batch(epoch, number + 1, steps, now, means)
         averages = means.read(over=parallel.average)
         # The optimizer looks at both losses of each joint step; the warm-up is looked at here.
-        if not all(np.isfinite(value) for value in averages.values()):
-            raise _diverged(f"epoch {epoch + 1}: a mean loss is not finite")
+        finite = all(parameter.isfinite().all() for parameter in self.network.parameters())
+        if not finite or not all(map(math.isfinite, averages.values())):
+            raise _diverged(f"epoch {epoch + 1}: a mean loss or a parameter is not finite")
         self.epochs_done += 1
         return {
             "epoch": self.epochs_done,
@@ -209,7 +210,7 @@ class Trainer:
         wrong, proved = self.world.total(counts).tolist()
         return {
             "standard_error": 100 * wrong / len(self.held_out_x),
-            "verified_error": 100 * (1 - proved / len(self.held_out_x)),
+            "verified_error": 100 * (len(self.held_out_x) - proved) / len(self.held_out_x),
         }
 
 

@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     output = parser.parse_args().output
     torch.manual_seed(0)
-    cases = [mlp_case(), joint_case("dm-small", 256, 30), joint_case("dm-large", 256, 4)]
+    cases = [mlp_case(), joint_case("dm-small", 256, 60), joint_case("dm-large", 256, 8)]
     rows = [compare(case) for case in cases]
     report = {
         "what": "median time of a step, mogd ÷ weighted sum of the same losses, base Adam",

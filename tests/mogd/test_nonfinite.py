@@ -105,6 +105,16 @@ def test_skip_returns_the_record_of_the_step():
     assert record.weights.isfinite().all()
 
 
+def test_the_base_is_not_asked_to_step_along_a_skipped_batch():
+    p, optimizer = trained(HISTORIES["later"], nonfinite="skip")
+    steps = []
+    optimizer.base.register_step_post_hook(lambda *_: steps.append(1))
+    for poison, taken in ((root, 0), (lambda p: linear(p, (1, 1)), 1)):
+        optimizer.backward(poisoned(p, 0, poison))
+        optimizer.step()
+        assert len(steps) == taken
+
+
 def test_a_good_batch_right_after_a_skipped_one_is_stepped_along():
     p, optimizer = trained(HISTORIES["later"], nonfinite="skip")
     _, undisturbed = trained(HISTORIES["later"])

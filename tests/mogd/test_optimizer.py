@@ -364,7 +364,7 @@ def test_parameters_may_differ_in_dtype():
 
 
 def test_plain_backward_and_step_are_the_bases():
-    p, optimizer = optimizer_after(AGREEING, lr=0.1, momentum=0.9)
+    p, optimizer = optimizer_after(AGREEING, p=parameter(1.0, 2.0), lr=0.1, momentum=0.9)
     bare = parameter(*p.tolist())
     base = torch.optim.SGD([bare], lr=0.1, momentum=0.9)
     base.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))

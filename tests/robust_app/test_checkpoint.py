@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -75,3 +76,25 @@ def test_parameters_of_another_network_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="holds another network") as caught:
         checkpoint.restore(nn.Linear(2, 3), nn.Linear(3, 3).state_dict(), tmp_path / "a.pt")
     assert "\n" not in str(caught.value)
+
+
+def test_damage_anywhere_is_refused_or_leaves_a_checkpoint(tmp_path):
+    checkpoint.save(CONTENT, tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in random.integers(0, len(whole), size=random.integers(1, 9)):
+            damaged[place] = random.integers(256)
+        (tmp_path / "b.pt").write_bytes(damaged)
+        try:
+            assert isinstance(checkpoint.load(tmp_path / "b.pt"), dict)
+        except UserError:
+            refused += 1
+    assert refused > 100
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(UserError, match="cannot be written"):
+        checkpoint.save(CONTENT, tmp_path / "missing" / "a.pt")

@@ -22,8 +22,8 @@ FIELDS = [field.name for field in dataclasses.fields(Config)]
 texts = st.text("a:/.é😀 '\"\\#=,[]{}", min_size=1)  # what TOML gives a meaning, and beyond ASCII
 units = st.floats(0, 1)
 counts = st.integers(1, 2**63 - 1)
-durations = st.floats(0, allow_infinity=False)
-above_zero = st.floats(0, allow_infinity=False, exclude_min=True)
+durations = st.floats(0, 3.4e38)
+above_zero = st.floats(0, 3.4e38, exclude_min=True)
 configs = st.builds(
     Config,
     dataset=texts,
@@ -36,8 +36,8 @@ configs = st.builds(
     learning_rate=above_zero,
     milestones=st.lists(durations, max_size=4),
     learning_rate_factor=st.floats(0, 1, exclude_min=True),
-    natural_epochs=durations,
-    adversarial_epochs=durations,
+    natural_epochs=st.floats(0, 0.5),  # together at most one epoch: the warm-up fits any run
+    adversarial_epochs=st.floats(0, 0.5),
     ramp_epochs=durations,
     fosc_maximum=durations,
     fosc_decay_epochs=durations,
@@ -304,3 +304,15 @@ def test_a_recipe_file_that_is_not_there_is_named(tmp_path):
 def test_recipe_names_are_sorted():
     assert recipe_names() == sorted(recipe_names())
     assert "digits" in recipe_names()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("epochs", [1, 3, 7, 70, 250])
+def test_rescaling_to_the_same_length_changes_nothing(name, epochs):
+    config = with_epochs(load_recipe(name), epochs)
+    assert with_epochs(config, epochs) == config
+
+
+def test_a_run_that_ends_in_its_warm_up_is_refused():
+    with pytest.raises(UserError, match=r"^epochs: expected at least the 50 of the warm-up, found"):
+        override(load_recipe("mnist-dm-small"), ["epochs=3"])

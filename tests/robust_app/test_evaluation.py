@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from robust_app.evaluation import Contradiction, Errors, evaluate, standard_and_certified
@@ -60,3 +62,12 @@ def test_every_batch_is_counted_and_told():
     assert told == [1000, 1000, 400]
     assert errors == Errors(examples=2400, misclassified=600, falsified=1200, certified=1200)
     assert standard_and_certified(two_pixel_network(), images, labels, 0.04).tolist() == [600, 1200]
+
+
+@given(st.integers(1, 10_000), st.data())
+def test_errors_are_ordered_whatever_the_rounding(examples, data):
+    falsified = data.draw(st.integers(0, examples))
+    misclassified = data.draw(st.integers(0, falsified))
+    certified = data.draw(st.integers(0, examples - falsified))
+    errors = Errors(examples, misclassified, falsified, certified)
+    assert errors.standard <= errors.attacked <= errors.verified

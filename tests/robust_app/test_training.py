@@ -1,17 +1,22 @@
 """The loop: determinism, resuming, many processes, divergence."""
 
 import dataclasses
+import io
+import os
+import socket
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
+from rich.console import Console
 
 from robust_app import checkpoint, data
 from robust_app.config import Config, load_recipe, override
 from robust_app.distributed import World, join
 from robust_app.errors import UserError
-from robust_app.reporting import Silent
+from robust_app.reporting import Silent, watcher
 from robust_app.run_directory import RunDirectory
 from robust_app.schedules import Phase
 from robust_app.session import best_epoch, run
@@ -162,15 +167,20 @@ def test_a_batch_that_processes_cannot_share_is_refused():
 
 
 def _train_in_parallel(rank: int, size: int, folder: Path) -> None:
-    import os
-
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=(folder / "port").read_text())
     torch.set_num_threads(1)
     with join("cpu") as world:
-        trainer = Trainer(short_config(), data.load("digits"), world)
-        metrics = [trainer.train_epoch(Silent()) for _ in range(3)]
+        assert world.agree_on(3)
+        assert not world.agree_on(rank)
+        with world.leader_first():
+            digits = data.load("digits")
+        trainer = Trainer(short_config(), digits, world)
+        # The leader watches at moments of its own: it may not wait for the others then.
+        terminal = Console(file=io.StringIO(), force_terminal=world.leads)
+        with watcher(terminal, 3) as watch:
+            metrics = [trainer.train_epoch(watch) for _ in range(3)]
         torch.save(
             {"parameters": parameters_of(trainer), "metrics": metrics}, folder / f"{rank}.pt"
         )
@@ -178,19 +188,28 @@ def _train_in_parallel(rank: int, size: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_reach_the_parameters_of_one_on_the_joined_batch(size, tmp_path):
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(probe.getsockname()[1]))
-    torch.multiprocessing.spawn(_train_in_parallel, (size, tmp_path), nprocs=size)
+    context = torch.multiprocessing.spawn(
+        _train_in_parallel, (size, tmp_path), nprocs=size, join=False
+    )
+    deadline = time.monotonic() + 300
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the processes wait for each other")
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
     alone = Trainer(short_config(), data.load("digits"), ALONE)
     metrics = [alone.train_epoch(Silent()) for _ in range(3)]
 
     for rank in ranks[1:]:
         assert torch.equal(rank["parameters"], ranks[0]["parameters"])
-    torch.testing.assert_close(ranks[0]["parameters"], parameters_of(alone), atol=2e-4, rtol=1e-3)
+    # By length: Adam turns rounding of a gradient near 0 into a whole step of single entries.
+    start = parameters_of(Trainer(short_config(), data.load("digits"), ALONE))
+    travelled = (parameters_of(alone) - start).norm()
+    assert (ranks[0]["parameters"] - parameters_of(alone)).norm() < 1e-3 * travelled
     for one, together in zip(metrics, ranks[0]["metrics"], strict=True):
         assert one.keys() == together.keys()
         assert one["phase"] == together["phase"]
@@ -203,3 +222,18 @@ def test_overrides_reach_the_trainer():
     trainer = Trainer(config, data.load("digits"), ALONE)
     assert trainer.optimizer.moment_decay == (0.5, 0.6)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    config = short_config(natural_epochs=3.0, adversarial_epochs=0.0)
+    trainer = Trainer(config, data.load("digits"), ALONE)
+
+    class Spoils(Silent):
+        def batch(self, epoch, batch, batches, now, means):
+            if batch == batches:
+                trainer.network[-1].weight.data[0, 0] = float("nan")
+
+    files = RunDirectory(tmp_path)
+    with pytest.raises(UserError, match=r"diverged in epoch 1: a mean loss or a parameter"):
+        run(trainer, files, Spoils(), 3)
+    assert checkpoint.load(files.checkpoint_file)["epochs_done"] == 0
