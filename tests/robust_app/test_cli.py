@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +141,10 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(robust_app, tmp_pat
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "robust_app", "train", "--run-dir", "run"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, **pipes) as process:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Whoever runs the tests in the background may have told their children to ignore Ctrl-C.
+    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, **options) as process:
         assert process.stdout is not None
         while "epoch" not in process.stdout.readline():
             assert process.poll() is None
