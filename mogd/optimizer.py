@@ -166,11 +166,14 @@ class UnbiasedMultiGradient(Optimizer):
         """Inside, ``backward`` only adds up the gradients of each loss.
 
         The first call outside combines the sums: micro-batches whose losses are divided by their
-        number give the step of the whole batch.
+        number give the step of the whole batch. An error inside drops them.
         """
         before, self._accumulating = self._accumulating, True
         try:
             yield
+        except BaseException:
+            self._pending = None
+            raise
         finally:
             self._accumulating = before
 

@@ -233,7 +233,12 @@ def _requested(
         config = configs.with_epochs(config, epochs)
     if seed is not None:
         settings = [f"seed={seed}", *settings]
-    return configs.override(config, settings)
+    config = configs.override(config, settings)
+    kind, colon, path = config.dataset.partition(":")
+    if not colon:
+        return config
+    # The run must find its data again from another folder.
+    return dataclasses.replace(config, dataset=f"{kind}:{Path(path).expanduser().resolve()}")
 
 
 def _differences(stored: Config, requested: Config) -> str:
@@ -260,6 +265,6 @@ def main() -> None:
 
 def _refuse(reason: str) -> int:
     """Say in one line, and from one process, what is wrong."""
-    if os.environ.get("RANK", "0") == "0":
+    if reason and os.environ.get("RANK", "0") == "0":  # a bare call has printed the help
         print(f"robust-app: {reason}", file=sys.stderr)
     return 2

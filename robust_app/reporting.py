@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from robust_app.evaluation import Errors
 from robust_app.schedules import Setting
@@ -104,13 +105,14 @@ def watcher(console: Console, epochs: int) -> Iterator[Lines]:
     if not console.is_terminal:
         yield Lines(console, epochs)
         return
+    values = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what is cut where it is narrow
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[values]}"),
+        TextColumn("{task.fields[values]}", table_column=values),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         yield Live(console, epochs, progress)
 
 
@@ -131,7 +133,7 @@ def evaluating(console: Console, what: str, images: int) -> Iterator[Callable[[i
 
 def errors_table(title: str, rows: Iterable[tuple[str, Errors]]) -> Table:
     """Standard, PGD and verified error with their counts, a row a network."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("network", no_wrap=True)
     for column in ("standard", "PGD", "verified", "certified", "falsified", "undecided"):
         table.add_column(column, justify="right")

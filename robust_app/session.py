@@ -45,6 +45,8 @@ def run(trainer: Trainer, directory: RunDirectory, watcher: Watcher, stop_after:
     """
     if directory.checkpoint_file.exists():
         _restore(trainer, directory)
+    elif directory.metrics():
+        raise UserError(f"{directory.checkpoint_file}: missing, so the run cannot be resumed")
     if not trainer.world.agree_on(trainer.epochs_done):
         raise UserError(
             f"{directory.checkpoint_file}: the processes see different checkpoints; "

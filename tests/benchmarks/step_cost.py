@@ -51,7 +51,7 @@ def mlp_case() -> Case:
             yield nn.functional.mse_loss(network(x), target)
 
     network = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
-    return Case("MLP 32-64-8, batch 64", network, losses, rounds=1000)
+    return Case("MLP 32-64-8, batch 64", network, losses, rounds=300)
 
 
 def joint_case(model: str, batch_size: int, rounds: int) -> Case:
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     output = parser.parse_args().output
     torch.manual_seed(0)
-    cases = [mlp_case(), joint_case("dm-small", 256, 60), joint_case("dm-large", 256, 8)]
+    cases = [mlp_case(), joint_case("dm-small", 256, 40), joint_case("dm-large", 256, 3)]
     rows = [compare(case) for case in cases]
     report = {
         "what": "median time of a step, mogd ÷ weighted sum of the same losses, base Adam",

@@ -213,3 +213,17 @@ def test_a_micro_batch_that_is_not_finite_spoils_the_step_and_no_other(poisoned,
     record = optimizer.backward([linear(p, (1, 0)), linear(p, (0, 1))])
     assert_close(record.weights, doubles(1, 0.48))
     assert_close(p.grad, doubles(1, 0.48))
+
+
+def test_an_error_inside_drops_what_was_added_up():
+    p, optimizer = optimizer_after()
+
+    def runs_out_of_memory():
+        with optimizer.accumulate():
+            optimizer.backward([linear(p, (5, 0)), linear(p, (0, 5))])
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        runs_out_of_memory()
+    record = optimizer.backward([linear(p, (1, 0)), linear(p, (0, 2))])
+    assert_close(p.grad, record.weights.float() * torch.tensor([1.0, 2.0]))

@@ -254,6 +254,32 @@ def test_a_folder_with_other_files_is_left_as_it_is(robust_app, tmp_path):
     assert [file.name for file in (tmp_path / "home").iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_without_its_checkpoint_is_not_begun_anew(robust_app, finished_run):
+    (finished_run / "checkpoint.pt").unlink()
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    outcome = robust_app("train", "--run-dir", finished_run, "--resume")
+    assert_refused(outcome, "checkpoint.pt", "missing")
+    assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_npz_is_found_again_from_another_folder(robust_app, tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    x, y = random.integers(256, size=(60, 8, 8), dtype=np.uint8), np.arange(60) % 3
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    arguments = ("--set", "dataset=npz:mine.npz", "--set", "held_out=10", "--set", "batch_size=25")
+    status, _, _ = robust_app("train", *QUICK, *arguments, "--run-dir", "run")
+    assert status == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert robust_app("evaluate", "../run")[0] == 0
+
+
+def test_a_bare_call_shows_the_help_and_no_empty_error(robust_app):
+    _, out, err = robust_app()
+    assert "train" in out + err
+    assert "robust-app: \n" not in err
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "environment.json"])
 @pytest.mark.parametrize("damage", ["cut", "list"])
 def test_damaged_records_are_refused_and_kept(robust_app, finished_run, name, damage):
