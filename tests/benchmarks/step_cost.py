@@ -138,7 +138,7 @@ def main() -> None:
     cases = [mlp_case(), joint_case("dm-small", 256, 40), joint_case("dm-large", 256, 3)]
     rows = [compare(case) for case in cases]
     report = {
-        "what": "median time of a step, mogd ÷ weighted sum of the same losses, base Adam",
+        "what": "Median time of a step, mogd ÷ weighted sum of the same losses, base Adam",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -170,7 +170,7 @@ def cells(row: dict[str, object]) -> tuple[str, ...]:
 def markdown(report: dict[str, object]) -> str:
     """The report as a Markdown table with its circumstances."""
     lines = [
-        f"{report['what']}.".capitalize(),
+        f"{report['what']}.",
         "",
         f"Command: `make bench`. Machine: {report['machine']}; torch {report['torch']}, "
         f"Python {report['python']}; seed 0. The two sides are timed in turns in one process; the "
