@@ -170,6 +170,8 @@ def cells(row: dict[str, object]) -> tuple[str, ...]:
 def markdown(report: dict[str, object]) -> str:
     """The report as a Markdown table with its circumstances."""
     lines = [
+        "# Cost of a step",
+        "",
         f"{report['what']}.",
         "",
         f"Command: `make bench`. Machine: {report['machine']}; torch {report['torch']}, "
