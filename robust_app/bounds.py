@@ -5,8 +5,9 @@ one with W for the centre and one with |W| for the radius; only nonlinear layers
 lower and upper bounds. Bounds hold up to the rounding of floating-point arithmetic.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial, singledispatch
+from itertools import pairwise
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -73,12 +74,35 @@ def margin_bounds(network: nn.Module, interval: Interval, labels: Tensor) -> Ten
     >>> margin_bounds(nn.Identity(), box, torch.tensor([0]))
     tensor([[ 0.0000, -0.5000]])
     """
-    *body, last = _flattened(network) or [network]
+    *_, (last, hidden) = layer_inputs(network, interval)
+    return margins_after(last, hidden, labels)
+
+
+def layer_inputs(network: nn.Module, interval: Interval) -> Iterator[tuple[nn.Module, Interval]]:
+    """Each layer of the network, nested Sequentials unrolled, with the box at its input.
+
+    A box is computed when it is asked for: that after the last layer never is.
+
+    Raises:
+        UnsupportedLayer: see :func:`propagate`.
+
+    >>> box = Interval.around(torch.full((1, 2), 0.5), 0.25)
+    >>> [type(layer).__name__ for layer, _ in layer_inputs(nn.Sequential(nn.ReLU()), box)]
+    ['ReLU']
+    """
+    layers = flattened(network) or [nn.Identity()]
+    yield layers[0], interval
+    for before, layer in pairwise(layers):
+        interval = propagate(before, interval)
+        yield layer, interval
+
+
+def margins_after(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
+    """:func:`margin_bounds` of a network's last layer alone, from the box at its input."""
     if _is_plainly(last, nn.Linear):
-        hidden = _through(body, interval)
         logits, weight = last(hidden.center), last.weight
     else:
-        hidden = propagate(last, _through(body, interval))
+        hidden = propagate(last, hidden)
         logits = hidden.center
         weight = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
@@ -154,11 +178,11 @@ def _apply(rule: _Rule, kind: type[nn.Module], layer: nn.Module, interval: Inter
     return rule(layer, interval)
 
 
-def _flattened(network: nn.Module) -> list[nn.Module]:
+def flattened(network: nn.Module) -> list[nn.Module]:
     """The layers of nested Sequentials as one list; any other module is one layer."""
     if not _is_plainly(network, nn.Sequential):
         return [network]
-    return [layer for child in network for layer in _flattened(child)]
+    return [layer for child in network for layer in flattened(child)]
 
 
 @_rule(nn.Sequential)
