@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from mogd import parallel
 from mogd.closure import needs_closure, reevaluation
 from mogd.gradients import LossGradients, combine
-from mogd.moments import Moments, norm
+from mogd.moments import Gradients, Moments, norm
 from mogd.nonfinite import Guard
 from mogd.priority import Fixed, Priority, ask
 from mogd.record import Record
@@ -47,12 +47,15 @@ class UnbiasedMultiGradient(Optimizer):
         nonfinite: what a loss or gradient that is not finite leads to: ``"raise"`` raises
             ``FloatingPointError``, ``"skip"`` leaves everything as it was and counts the step in
             :attr:`skipped`.
+        weigh_by: parameters whose gradients the weights come from, the last layer that all losses
+            share for instance; all if None. The moments need memory for these only.
         **base_options: go to ``base``: ``lr``, ``betas``, ``weight_decay``, …
 
     Raises:
         TypeError: if ``base`` does not make an optimizer, or ``rule`` or ``priority`` cannot be
             called.
-        ValueError: if a decay is outside [0, 1) or ``nonfinite`` is unknown.
+        ValueError: if a decay is outside [0, 1), ``nonfinite`` is unknown, or ``weigh_by`` is empty
+            or names what is not among the parameters.
 
     Attributes:
         base: the optimizer that takes the steps; parameter groups and state are shared with it.
@@ -82,6 +85,7 @@ class UnbiasedMultiGradient(Optimizer):
         rule: Rule | Callable[[Tensor], Tensor] = BisectorProjection(),  # noqa: B008 (frozen)
         priority: Priority = Fixed(0),  # noqa: B008 (frozen)
         nonfinite: Literal["raise", "skip"] = "raise",
+        weigh_by: Iterable[Tensor] | None = None,
         **base_options: Any,
     ) -> None:
         pair = isinstance(moment_decay, Sequence) and len(moment_decay) == 2
@@ -107,6 +111,12 @@ class UnbiasedMultiGradient(Optimizer):
         self._keep: Tensor | bool = True  # may the base step; a tensor to keep it on the device
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_with_base()
+        self._weigh_by = None if weigh_by is None else frozenset(weigh_by)
+        if self._weigh_by is not None:
+            foreign = self._weigh_by.difference(self._parameters())
+            if foreign or not self._weigh_by:
+                found = f"{len(foreign)} others" if foreign else "none"
+                raise ValueError(f"weigh_by must hold parameters of the optimizer, got {found}")
 
     @property
     def nonfinite(self) -> str:
@@ -283,7 +293,7 @@ class UnbiasedMultiGradient(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "moment_decay", "rule", "priority", "distributed", "last")
-        private = ("_moments", "_guard", "_pending", "_accumulating", "_keep")
+        private = ("_moments", "_guard", "_pending", "_accumulating", "_keep", "_weigh_by")
         return {name: self.__dict__[name] for name in names + private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -328,7 +338,8 @@ class UnbiasedMultiGradient(Optimizer):
         self.last = Record(losses, *weighting, gramian, norm_moments, conflict, prioritized)
         mask = keep if isinstance(keep, Tensor) else None
         if keep is not False:
-            moments.update(collected.gradients, norms, scale=unscale, keep=mask)
+            weighed, weighed_norms = self._weighed(collected.gradients, norms, unscale)
+            moments.update(weighed, weighed_norms, scale=unscale, keep=mask)
             self._moments = moments
         if keep is not False or scaler is not None:
             for parameter, gradient in combine(collected.gradients, total).items():
@@ -338,6 +349,16 @@ class UnbiasedMultiGradient(Optimizer):
         if scaler is None:
             self._keep = keep
         return self.last
+
+    def _weighed(
+        self, gradients: Sequence[Gradients], norms: Tensor, unscale: Tensor | None
+    ) -> tuple[Sequence[Gradients], Tensor]:
+        """What the moments see: the gradients of :attr:`weigh_by` and their norms."""
+        if self._weigh_by is None:
+            return gradients, norms
+        kept = [{p: g for p, g in of.items() if p in self._weigh_by} for of in gradients]
+        norms = torch.stack([norm(of, norms.device) for of in kept])
+        return kept, norms if unscale is None else norms * unscale
 
     def _largest(self) -> float:
         """The largest number a gradient may hold, float32's for halves: these have scalers."""

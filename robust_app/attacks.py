@@ -1,5 +1,6 @@
 """Gradient attacks within the l_inf ball: FGSM, PGD and the search for a misclassification."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Network = Callable[[Tensor], Tensor]
+
+IMAGES = (0.0, 1.0)
+ANYTHING = (-math.inf, math.inf)  # the domain of what lies between two layers
 
 
 def pgd(
@@ -18,20 +22,23 @@ def pgd(
     start: Tensor,
     steps: int,
     step_size: float | Tensor,
+    domain: tuple[float, float] = IMAGES,
 ) -> Tensor:
     """Projected gradient ascent on the cross entropy (Madry et al.; inner problem of eq. 1).
 
     Each step adds ``step_size * sign(gradient)`` and projects onto the ball of radius ε around
-    x and onto [0, 1]. Parameters keep their ``.grad``.
+    x and onto the domain. Parameters keep their ``.grad``. With a box of hidden values in place
+    of a ball of images (A.6), ``x`` is its centre and ``epsilon`` its radius.
 
     Args:
         network: from ``x`` to logits ``(batch, classes)``, in the mode that the caller wants.
         x: images in [0, 1], ``(batch, ...)``.
         labels: the true classes, int64 ``(batch,)``.
-        epsilon: radius >= 0 in pixels of [0, 1], a number or a 0-dim tensor.
+        epsilon: radius >= 0 in pixels of [0, 1]: a number, a 0-dim tensor, or one like ``x``.
         start: the first perturbation in units of ε, entries in [-1, 1], of the shape of ``x``.
         steps: number of steps, at least 1.
-        step_size: >= 0 in pixels of [0, 1], a number or a 0-dim tensor.
+        step_size: >= 0 in pixels of [0, 1]: a number, a 0-dim tensor, or one like ``x``.
+        domain: least and largest value that an entry may have; [0, 1] by default.
 
     Returns:
         The adversarial examples x_adv, detached, of the shape of ``x``.
@@ -49,7 +56,7 @@ def pgd(
         raise ValueError(
             f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}"
         )
-    lower, upper = _ball(x, epsilon)
+    lower, upper = _ball(x, epsilon, domain)
     x_adv = torch.clamp(x + epsilon * start, lower, upper)
     for _ in range(steps):
         x_adv, _ = _ascend(network, x_adv, labels, step_size, lower, upper)
@@ -64,6 +71,7 @@ def fgsm(
     *,
     start: Tensor,
     step_size: float | Tensor,
+    domain: tuple[float, float] = IMAGES,
 ) -> Tensor:
     """:func:`pgd` with one step: FGSM from a random start (Wong et al.).
 
@@ -74,7 +82,9 @@ def fgsm(
     >>> fgsm(torch.nn.Identity(), x, y, 0.25, start=torch.zeros(1, 2), step_size=0.1)
     tensor([[0.4000, 0.6000]])
     """
-    return pgd(network, x, labels, epsilon, start=start, steps=1, step_size=step_size)
+    return pgd(
+        network, x, labels, epsilon, start=start, steps=1, step_size=step_size, domain=domain
+    )
 
 
 def uniform_start(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -149,10 +159,12 @@ def falsified(
     return broken
 
 
-def _ball(x: Tensor, epsilon: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Lower and upper corner of S(x, ε) within the image domain."""
+def _ball(
+    x: Tensor, epsilon: float | Tensor, domain: tuple[float, float] = IMAGES
+) -> tuple[Tensor, Tensor]:
+    """Lower and upper corner of S(x, ε) within the domain."""
     _check_not_negative("epsilon", epsilon)
-    return (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
+    return (x - epsilon).clamp(*domain), (x + epsilon).clamp(*domain)
 
 
 def _ascend(

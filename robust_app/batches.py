@@ -18,16 +18,14 @@ def as_float(x: Tensor) -> Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-_PADDING = 4
+def augment(x: Tensor, generator: torch.Generator, padding: int) -> Tensor:
+    """Flip each image left to right with probability ½ and shift it by up to ``padding`` pixels.
 
-
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip each image left to right with probability ½ and shift it by up to four pixels.
-
-    The shift is a crop at random from the image padded with four zeros on every side.
+    The shift is a crop at random from the image padded with zeros on every side.
 
     Args:
         x: images (n, C, H, W), of any dtype.
+        padding: number of zeros on every side, at least 0.
         generator: on the device of ``x``.
 
     Returns:
@@ -38,12 +36,12 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     def draw(high: int) -> Tensor:
         return torch.randint(high, (n, 1), generator=generator, device=x.device)
 
-    rows = draw(2 * _PADDING + 1) + torch.arange(height, device=x.device)  # (n, H)
-    columns = draw(2 * _PADDING + 1) + torch.arange(width, device=x.device)  # (n, W)
+    rows = draw(2 * padding + 1) + torch.arange(height, device=x.device)  # (n, H)
+    columns = draw(2 * padding + 1) + torch.arange(width, device=x.device)  # (n, W)
     columns = torch.where(draw(2) == 1, columns.flip(1), columns)
     image = torch.arange(n, device=x.device)[:, None, None, None]
     channel = torch.arange(channels, device=x.device)[:, None, None]
-    padded = F.pad(x, [_PADDING] * 4)
+    padded = F.pad(x, [padding] * 4)
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 

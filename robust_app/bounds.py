@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robust_app.batch_norm import BatchNorm
 from robust_app.errors import UserError
 from robust_app.interval import Interval
 from robust_app.layers import Normalize, Residual
@@ -30,8 +31,9 @@ class UnsupportedLayer(UserError, TypeError):
 def propagate(layer: nn.Module, interval: Interval) -> Interval:
     """A box that holds ``layer(x)`` for every x of the given box.
 
-    There are rules for Linear, Conv2d, the non-decreasing activations, pooling, BatchNorm and
-    Dropout in evaluation, Flatten, Unflatten, Identity, Sequential, Normalize and Residual.
+    There are rules for Linear, Conv2d, the non-decreasing activations, pooling, torch's BatchNorm
+    and Dropout in evaluation, Flatten, Unflatten, Identity, Sequential, Normalize, Residual and
+    :class:`robust_app.batch_norm.BatchNorm`.
     A rule for a layer of your own is registered on its type:
 
     >>> class Double(nn.Module):
@@ -99,7 +101,7 @@ def layer_inputs(network: nn.Module, interval: Interval) -> Iterator[tuple[nn.Mo
 
 def margins_after(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
     """:func:`margin_bounds` of a network's last layer alone, from the box at its input."""
-    if _is_plainly(last, nn.Linear):
+    if is_plainly(last, nn.Linear):
         logits, weight = last(hidden.center), last.weight
     else:
         hidden = propagate(last, hidden)
@@ -155,7 +157,7 @@ def _unsupported(layer: nn.Module, why: str) -> UnsupportedLayer:
     return UnsupportedLayer(f"no bounds for the layer {type(layer).__name__}: {why}")
 
 
-def _is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
+def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
     """Whether ``layer`` computes what ``kind`` computes: no subclass with another forward."""
     return isinstance(layer, kind) and type(layer).forward is kind.forward
 
@@ -173,14 +175,14 @@ def _rule(*kinds: type[nn.Module]) -> Callable[[_Rule], _Rule]:
 
 def _apply(rule: _Rule, kind: type[nn.Module], layer: nn.Module, interval: Interval) -> Interval:
     # Dispatch finds the rules of base classes too, which say nothing about another forward.
-    if not _is_plainly(layer, kind):
+    if not is_plainly(layer, kind):
         raise _unsupported(layer, f"it overrides {kind.__name__}.forward; {_HOW_TO_REGISTER}")
     return rule(layer, interval)
 
 
 def flattened(network: nn.Module) -> list[nn.Module]:
     """The layers of nested Sequentials as one list; any other module is one layer."""
-    if not _is_plainly(network, nn.Sequential):
+    if not is_plainly(network, nn.Sequential):
         return [network]
     return [layer for child in network for layer in flattened(child)]
 
@@ -218,6 +220,14 @@ def _normalize(layer: Normalize, interval: Interval) -> Interval:
     return Interval(layer(interval.center), interval.radius / layer.std)
 
 
+@_rule(BatchNorm)
+def _clean_batch_norm(layer: BatchNorm, interval: Interval) -> Interval:
+    if not layer.has_statistics:
+        raise _unsupported(layer, "it has no statistics; enter batch_norm.clean_statistics")
+    scale, _ = layer.scale_and_shift()
+    return Interval(layer(interval.center), interval.radius * _per_channel(scale.abs(), interval))
+
+
 @_rule(nn.BatchNorm1d, nn.BatchNorm2d)
 def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, interval: Interval) -> Interval:
     if layer.training:
@@ -227,8 +237,11 @@ def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, interval: Interval) -> I
     scale = torch.rsqrt(layer.running_var + layer.eps)
     if layer.affine:
         scale = scale * layer.weight.abs()
-    per_channel = scale.view(-1, *[1] * (interval.radius.ndim - 2))
-    return Interval(layer(interval.center), interval.radius * per_channel)
+    return Interval(layer(interval.center), interval.radius * _per_channel(scale, interval))
+
+
+def _per_channel(values: Tensor, interval: Interval) -> Tensor:
+    return values.view(-1, *[1] * (interval.radius.ndim - 2))
 
 
 @_rule(nn.Identity, nn.Flatten, nn.Unflatten, nn.AdaptiveAvgPool2d)

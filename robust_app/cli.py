@@ -11,13 +11,25 @@ import typer
 from rich.console import Console
 
 from robust_app import config as configs
-from robust_app import curves, data, distributed, environment, methods, models, reporting, session
+from robust_app import (
+    curves,
+    data,
+    distributed,
+    environment,
+    methods,
+    models,
+    recipes,
+    reporting,
+    session,
+    verifiers,
+)
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
-from robust_app.errors import UserError, unknown
-from robust_app.evaluation import VERIFIERS, Errors
+from robust_app.errors import UserError
+from robust_app.evaluation import Errors
 from robust_app.run_directory import RunDirectory, next_free
+from robust_app.session import Examination
 from robust_app.training import Trainer
 
 # Typer has no public name for the class of all usage errors, two above BadParameter.
@@ -74,7 +86,7 @@ def train(
     config = _requested(stored, recipe, settings or [], epochs, seed)
     if stored is not None and config != stored:
         raise UserError(f"--resume: the run has {_differences(stored, config)}")
-    until = min(stop_after or config.epochs, config.epochs)
+    until = min(stop_after or config.total_epochs, config.total_epochs)
     data_root = data_root or _last_data_root(directory)
     with distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)
@@ -98,23 +110,25 @@ def _train_and_report(
     console.print(f"run directory: {directory.path}", soft_wrap=True)
     again = f"continue with: robust-app train --run-dir {shlex.quote(str(directory.path))} --resume"
     try:
-        with reporting.watcher(console, trainer.config.epochs) as watcher:
+        with reporting.watcher(console, trainer.config.total_epochs) as watcher:
             session.run(trainer, directory, watcher, until)
     except KeyboardInterrupt:
         console.print(f"interrupted; all whole epochs are kept, {again}", soft_wrap=True)
         raise typer.Exit(130) from None
     curves.draw(directory.metrics(), directory.curves_file)
-    if trainer.epochs_done < trainer.config.epochs:
+    if trainer.epochs_done < trainer.config.total_epochs:
         console.print(f"paused after epoch {trainer.epochs_done}; {again}", soft_wrap=True)
     else:
-        _report(console, directory, dataset, trainer.config, "ibp")
+        how = Examination.of(trainer.config)
+        _report(console, directory, dataset, trainer.config.seed, how)
 
 
 def _report(
-    console: Console, directory: RunDirectory, dataset: Dataset, config: Config, verifier: str
+    console: Console, directory: RunDirectory, dataset: Dataset, seed: int, how: Examination
 ) -> None:
     """Evaluate the run's networks on the test images; print and keep the errors."""
     rows: dict[int, tuple[str, Errors]] = {}
+    images = how.images or len(dataset.x_test)
     for which in ("best", "last"):
         if which == "best" and not directory.best_file.exists():
             continue
@@ -123,21 +137,20 @@ def _report(
             rows[epoch] = (f"best, last (epoch {epoch})", rows[epoch][1])
             continue
         name = f"{which} (epoch {epoch})"
-        with reporting.evaluating(console, name, len(dataset.x_test)) as on_batch:
-            rows[epoch] = (name, session.measure(network, dataset, config, verifier, on_batch))
+        with reporting.evaluating(console, name, images) as on_batch:
+            rows[epoch] = (name, session.measure(network, dataset, how, seed, on_batch))
     title = (
-        f"{dataset.name}: {len(dataset.x_test)} test images, ε = {config.evaluation_epsilon:.4g}, "
-        f"verified by {verifier}, PGD of {config.pgd_steps} steps"
+        f"{dataset.name}: {images} test images, ε = {how.epsilon:.4g}, "
+        f"verified by {', '.join(how.verifiers)}, PGD of {how.pgd_steps} steps"
     )
     console.print(reporting.errors_table(title, rows.values()))
-    how = {
-        "epsilon": config.evaluation_epsilon,
-        "verifier": verifier,
-        "pgd_steps": config.pgd_steps,
-        "pgd_restarts": config.pgd_restarts,
-    }
+    if len(how.verifiers) > 1:
+        console.print(reporting.shares_table(rows.values()))
     directory.add_results(
-        [{"network": name, **how, **errors.as_dict()} for name, errors in rows.values()]
+        [
+            {"network": name, **dataclasses.asdict(how), **errors.as_dict()}
+            for name, errors in rows.values()
+        ]
     )
 
 
@@ -147,9 +160,21 @@ def evaluate(
     epsilon: Annotated[
         float | None, typer.Option(help="Radius in pixels of [0, 1]; the run's by default.")
     ] = None,
-    verifier: Annotated[str, typer.Option(help=f"One of: {', '.join(VERIFIERS)}.")] = "ibp",
+    verifier: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[,NAME…]",
+            help=f"Each decides what those before it left: {', '.join(verifiers.VERIFIERS)}.",
+        ),
+    ] = "ibp",
     pgd_steps: Annotated[int | None, typer.Option(min=1, help="The run's by default.")] = None,
     pgd_restarts: Annotated[int | None, typer.Option(min=1, help="The run's by default.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="As many test images at random, not all.")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(min=0, help="Seconds for an image, of the verifier exact.")
+    ] = 60.0,
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
@@ -157,28 +182,52 @@ def evaluate(
     """Standard, PGD and verified errors of a run's best and last network on the test images."""
     directory = RunDirectory(run_dir)
     config = directory.config()
-    if verifier not in VERIFIERS:
-        raise unknown("verifier", verifier, VERIFIERS)
     changes: dict[str, Any] = {
         "evaluation_epsilon": epsilon,
         "pgd_steps": pgd_steps,
         "pgd_restarts": pgd_restarts,
     }
     given = {name: value for name, value in changes.items() if value is not None}
-    config = dataclasses.replace(config, **given)
+    how = dataclasses.replace(
+        Examination.of(dataclasses.replace(config, **given)),
+        verifiers=verifiers.parse(verifier),
+        time_limit=time_limit,
+        images=images,
+    )
     data_root = data_root or _last_data_root(directory)
     with distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)
         if world.leads:
             with directory.locked():
-                _report(reporting.console(), directory, dataset, config, verifier)
+                _report(reporting.console(), directory, dataset, config.seed, how)
 
 
-@app.command()
-def recipes() -> None:
-    """List the recipes that `train --recipe` takes."""
-    rows = [(name, configs.recipe_description(name)) for name in configs.recipe_names()]
-    reporting.console().print(reporting.listing(("recipe", "what it trains"), rows))
+@app.command("recipes")
+def list_recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="A recipe to print, as a file for `train --recipe`.")
+    ] = None,
+) -> None:
+    """List the recipes that `train --recipe` takes, or print one."""
+    if name is not None:
+        print(
+            f'description = "{recipes.description(name)}"\n{recipes.load(name).to_toml()}', end=""
+        )
+        return
+    console, families = reporting.console(), recipes.families()
+    stems = [family.name for family in families]
+    alone = [known for known in recipes.names() if not known.startswith(tuple(stems))]
+    rows = [(known, recipes.description(known)) for known in alone]
+    pattern = "".join(f"[-{kind.upper()}]" for kind in recipes.KINDS)
+    rows += [(f"{family.name}{pattern}", f"{family.description}, as below") for family in families]
+    console.print(reporting.listing(("recipe", "what it trains"), rows), markup=False)
+    for family in families:
+        parts = [
+            (kind.upper(), ", ".join(family.choices(kind)), family.default(kind))
+            for kind in recipes.KINDS
+        ]
+        columns = (f"{family.name}-…", "one of", "if left out")
+        console.print(reporting.listing(columns, parts))
 
 
 @app.command("models")
@@ -196,6 +245,13 @@ def list_methods() -> None:
     """List the methods that a recipe's `method` names."""
     rows = [(name, method.description) for name, method in methods.METHODS.items()]
     reporting.console().print(reporting.listing(("method", "losses and weights"), rows))
+
+
+@app.command("verifiers")
+def list_verifiers() -> None:
+    """List the verifiers that `evaluate --verifier` takes."""
+    rows = [(name, verifier.description) for name, verifier in verifiers.VERIFIERS.items()]
+    reporting.console().print(reporting.listing(("verifier", "what it proves with"), rows))
 
 
 @app.command()
@@ -228,7 +284,7 @@ def _requested(
     if recipe is None and stored is not None:
         config = stored
     else:
-        config = configs.load_recipe(recipe or "digits")
+        config = recipes.load(recipe or "digits")
     if epochs is not None:
         config = configs.with_epochs(config, epochs)
     if seed is not None:

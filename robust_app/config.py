@@ -1,8 +1,6 @@
-"""Everything a training run depends on, as one frozen dataclass, and its recipes in TOML.
+"""Everything a training run depends on, as one frozen dataclass.
 
-A recipe is a TOML file with one key per field of :class:`Config` and a ``description``; those of
-the package lie in ``recipes/``. Times are in epochs and may be fractional, ε is in pixels of
-[0, 1].
+Times are in epochs and may be fractional, ε is in pixels of [0, 1].
 """
 
 import dataclasses
@@ -12,9 +10,6 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from robust_app.errors import UserError, unknown
@@ -63,6 +58,11 @@ NONNEGATIVES = Rule(
     lambda v: isinstance(v, _LIST) and all(_within(x, 0, _HUGE) for x in v),
     _floats,
 )
+UNIT_PAIR = Rule(
+    "two numbers in [0, 1]",
+    lambda v: isinstance(v, _LIST) and len(v) == 2 and all(_within(x, 0, 1) for x in v),
+    _floats,
+)
 DECAYS = Rule(
     "two numbers in [0, 1)",
     lambda v: isinstance(v, _LIST) and len(v) == 2 and all(_within(x, 0, _BELOW_ONE) for x in v),
@@ -77,21 +77,41 @@ class Config:
     Args:
         dataset, model, method: names from the tables of :mod:`robust_app.data`,
             :mod:`robust_app.models` and :mod:`robust_app.methods`.
+        batch_norm: train with BatchNorm, folded into the layers before it in what is saved.
+        ibp_initialization: begin from weights that keep the size of boxes (Shi et al.), not
+            from torch's.
         epsilon: ε_train, the radius trained at, in pixels of [0, 1].
         evaluation_epsilon: the radius of the final evaluation, in pixels of [0, 1].
-        epochs: length of the whole run, warm-up included.
+        epochs: length of the run, warm-up included, layer-wise stages not.
         batch_size, learning_rate: of every phase, with Adam.
         milestones: epochs, counted from the start of the run, at which the learning rate is
             multiplied by ``learning_rate_factor``, in (0, 1].
         natural_epochs, adversarial_epochs: T_nat and T_adv, the warm-up.
         ramp_epochs: R, in which ε grows from 0 to ε_train, counted from the end of the warm-up.
+        certified_ramp: train on the certified loss alone until ε_train is reached, as the
+            authors' code does; the paper trains on both losses from the start.
         fosc_maximum: c_max. The threshold c_t stays there until the ramp ends.
         fosc_decay_epochs: T', in which c_t then falls to 0.
         moment_decay: (β₁, β₂), each in [0, 1).
         regularization: κ_reg, at least 0.
-        attack_step: the step of FGSM in units of ε.
+        authors_weights: weigh the losses as the authors' code does; see
+            :mod:`robust_app.authors`.
+        natural_weight: of the natural loss in ``ibp`` and ``crown-ibp``, at the start and at the
+            end of the ramp (κ there; the certified loss has 1 - κ); twice the same for ``diffai``.
+        crown_share: of CROWN-IBP bounds in ``crown-ibp`` and ``advcrown-ibp``, at the start and at
+            the end of the ramp (β there; interval bounds have 1 - β).
+        box_regularizers: weight of the two regularisers of Shi et al. at ε = 0; falls to 0 as ε
+            reaches ε_train.
+        attack_step: the step of FGSM from a random start, in units of ε.
+        attack_steps: number of steps of the method ``pgd``, each of 2.5 ε / ``attack_steps``.
+        one_start_per_batch: one random number instead of one per pixel, as in the authors' code.
+        stages: number of layer-wise stages that follow (A.6); stage s trains the layers after
+            the s-th on adversarial examples in its output.
+        stage_epochs: length of each.
+        stage_learning_rate: with which each begins; ``stage_milestones`` count from there.
         gradient_clip: largest norm of a step's gradient; inf leaves it as it is.
         augment: random flips and crops of the training images.
+        crop_padding: zeros around an image that is cropped at random.
         held_out: number of training images set aside to choose the best epoch by.
         pgd_steps, pgd_restarts: strength of the attack in the final evaluation.
         seed: of initialisation, order of the examples, augmentation and attacks.
@@ -102,6 +122,8 @@ class Config:
 
     dataset: Annotated[str, TEXT]
     model: Annotated[str, TEXT]
+    batch_norm: Annotated[bool, SWITCH] = False
+    ibp_initialization: Annotated[bool, SWITCH] = False
     method: Annotated[str, TEXT]
     epsilon: Annotated[float, UNIT]  # ε_train
     evaluation_epsilon: Annotated[float, UNIT]
@@ -113,13 +135,25 @@ class Config:
     natural_epochs: Annotated[float, NONNEGATIVE]  # T_nat
     adversarial_epochs: Annotated[float, NONNEGATIVE]  # T_adv
     ramp_epochs: Annotated[float, NONNEGATIVE]  # R
+    certified_ramp: Annotated[bool, SWITCH] = False
     fosc_maximum: Annotated[float, NONNEGATIVE]  # c_max
     fosc_decay_epochs: Annotated[float, NONNEGATIVE]  # T'
     moment_decay: Annotated[tuple[float, float], DECAYS] = (0.9, 0.99)  # β₁, β₂
     regularization: Annotated[float, NONNEGATIVE] = 0.5  # κ_reg
+    authors_weights: Annotated[bool, SWITCH] = False
+    natural_weight: Annotated[tuple[float, float], UNIT_PAIR] = (1.0, 0.5)
+    crown_share: Annotated[tuple[float, float], UNIT_PAIR] = (1.0, 0.0)
+    box_regularizers: Annotated[float, NONNEGATIVE] = 0.0
     attack_step: Annotated[float, POSITIVE] = 1.25  # α / ε
+    attack_steps: Annotated[int, POSITIVE_INTEGER] = 10
+    one_start_per_batch: Annotated[bool, SWITCH] = False
+    stages: Annotated[int, INTEGER] = 0
+    stage_epochs: Annotated[int, POSITIVE_INTEGER] = 1
+    stage_learning_rate: Annotated[float, POSITIVE] = 1.25e-4
+    stage_milestones: Annotated[tuple[float, ...], NONNEGATIVES] = ()
     gradient_clip: Annotated[float, LIMIT]
     augment: Annotated[bool, SWITCH]
+    crop_padding: Annotated[int, INTEGER] = 4
     held_out: Annotated[int, INTEGER]
     pgd_steps: Annotated[int, POSITIVE_INTEGER]
     pgd_restarts: Annotated[int, POSITIVE_INTEGER]
@@ -137,6 +171,11 @@ class Config:
                 f"epochs: expected at least the {warm_up:g} of the warm-up, found {self.epochs} "
                 "(train --epochs shortens the whole schedule)"
             )
+
+    @property
+    def total_epochs(self) -> int:
+        """Length of the run with its layer-wise stages."""
+        return self.epochs + self.stages * self.stage_epochs
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Config":
@@ -185,7 +224,8 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
     Raises:
         UserError: an assignment has no ``=``, its key is unknown or its value is refused.
 
-    >>> override(load_recipe("digits"), ["epsilon=0.05", "model=dm-small"]).model
+    >>> from robust_app import recipes
+    >>> override(recipes.load("digits"), ["epsilon=0.05", "model=dm-small"]).model
     'dm-small'
     """
     values = dataclasses.asdict(config)
@@ -209,9 +249,11 @@ def _toml_value(text: str) -> object:
 def with_epochs(config: Config, epochs: int) -> Config:
     """The config with its whole schedule stretched or shrunk to a run of ``epochs`` epochs.
 
-    Every duration and milestone keeps its share of the run.
+    Every duration and milestone keeps its share of the run; layer-wise stages, which come after
+    these epochs, are stretched alike, to a whole number of epochs each.
 
-    >>> short = with_epochs(load_recipe("mnist-dm-small"), 25)
+    >>> from robust_app import recipes
+    >>> short = with_epochs(recipes.load("mnist-dm-small"), 25)
     >>> short.epochs, short.adversarial_epochs, short.milestones
     (25, 4.0, (15.0, 20.0))
     """
@@ -222,57 +264,9 @@ def with_epochs(config: Config, epochs: int) -> Config:
     def scaled(duration: float) -> float:
         return duration * epochs / config.epochs
 
-    changes: dict[str, Any] = {
-        name: scaled(value)
-        for name, value in dataclasses.asdict(config).items()
-        if name.endswith("_epochs")
-    }
-    changes["milestones"] = tuple(map(scaled, config.milestones))
+    durations = ("natural_epochs", "adversarial_epochs", "ramp_epochs", "fosc_decay_epochs")
+    changes: dict[str, Any] = {name: scaled(getattr(config, name)) for name in durations}
+    for name in ("milestones", "stage_milestones"):
+        changes[name] = tuple(map(scaled, getattr(config, name)))
+    changes["stage_epochs"] = max(1, round(scaled(config.stage_epochs)))
     return dataclasses.replace(config, epochs=epochs, **changes)
-
-
-def recipe_names() -> list[str]:
-    """The names of the recipes in the package, sorted."""
-    files = [file.name for file in _recipes().iterdir()]
-    return sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml"))
-
-
-def load_recipe(name_or_path: str | Path) -> Config:
-    """The Config of a recipe of the package, or of a file where the argument ends in ``.toml``.
-
-    Raises:
-        UserError: there is no such recipe or file, it is not TOML, or a value is refused.
-    """
-    values = _read_recipe(name_or_path)
-    values.pop("description", None)
-    try:
-        return Config.from_mapping(values)
-    except UserError as error:
-        raise UserError(f"recipe {name_or_path}: {error}") from None
-
-
-def recipe_description(name_or_path: str | Path) -> str:
-    """What the recipe says of itself in a line; empty where it says nothing.
-
-    Raises:
-        UserError: there is no such recipe or file, or it is not TOML.
-    """
-    return str(_read_recipe(name_or_path).get("description", ""))
-
-
-def _recipes() -> Traversable:
-    return resources.files("robust_app") / "recipes"
-
-
-def _read_recipe(name_or_path: str | Path) -> dict[str, Any]:
-    name = str(name_or_path)
-    if not name.endswith(".toml"):
-        if name not in recipe_names():
-            raise unknown("recipe", name, recipe_names())
-        return tomllib.loads((_recipes() / f"{name}.toml").read_text(encoding="utf-8"))
-    try:
-        return tomllib.loads(Path(name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"recipe {name}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"recipe {name}: not valid TOML ({error})") from error

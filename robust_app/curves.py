@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from robust_app.checkpoint import replacing
 
 PANELS = (
-    ("loss", ("natural_loss", "adversarial_loss", "certified_loss")),
+    ("loss", ("natural_loss", "adversarial_loss", "certified_loss", "mixed_loss")),
     ("weight", ("adversarial_weight", "certified_weight")),
     ("share of steps", ("conflicts", "certified_first")),
     ("held-out error, %", ("standard_error", "verified_error")),

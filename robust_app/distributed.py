@@ -41,7 +41,12 @@ class World:
         if self.size == 1:
             return objective
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            objective,
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they are the same in all processes already
+        )
 
     def total(self, counts: Tensor) -> Tensor:
         """The sum over the processes."""

@@ -1,6 +1,7 @@
 """Standard, attacked and verified errors of a network on a set of images."""
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,13 +11,27 @@ from torch import Tensor, nn
 from robust_app.attacks import falsified
 from robust_app.batches import as_float
 from robust_app.bounds import certified
-
-Verifier = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
-"""From network, images, labels and ε to whether each image is proved robust, bool ``(batch,)``."""
+from robust_app.verifiers import VERIFIERS
 
 CHUNK = 1000  # images at a time: what fits in memory on any machine
+PATIENT_CHUNK = 100  # with verifiers that take seconds for an image: so that progress shows
 
-VERIFIERS: Mapping[str, Verifier] = {"ibp": certified}
+
+@dataclass
+class Share:
+    """What one method of a cascade decided, of the images that those before it left open.
+
+    Attributes:
+        examples: number of images it was asked about.
+        certified: images it proved.
+        falsified: images it found a wrong class for.
+        seconds: it took for all of them.
+    """
+
+    examples: int = 0
+    certified: int = 0
+    falsified: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -26,15 +41,18 @@ class Errors:
     Attributes:
         examples: number of images.
         misclassified: images with a wrong class as they are.
-        falsified: images with a wrong class somewhere in their ball, found by the attack; contains
-            the misclassified.
+        attacked: images with a wrong class at a point that PGD found; contains the misclassified.
+        falsified: those, and images for which a verifier found such a point.
         certified: images proved to keep the right class in their whole ball.
+        shares: what PGD and each verifier contributed, in the order in which they were asked.
     """
 
     examples: int
     misclassified: int
+    attacked: int
     falsified: int
     certified: int
+    shares: dict[str, Share]
 
     @property
     def undecided(self) -> int:
@@ -42,17 +60,17 @@ class Errors:
         return self.examples - self.falsified - self.certified
 
     @property
-    def standard(self) -> float:
+    def standard_error(self) -> float:
         """Percentage of misclassified images."""
         return 100 * self.misclassified / self.examples
 
     @property
-    def attacked(self) -> float:
-        """PGD error: percentage of falsified images, a lower bound of the robust error."""
-        return 100 * self.falsified / self.examples
+    def pgd_error(self) -> float:
+        """Percentage of attacked images, a lower bound of the robust error."""
+        return 100 * self.attacked / self.examples
 
     @property
-    def verified(self) -> float:
+    def verified_error(self) -> float:
         """Percentage of images not certified, an upper bound of the robust error."""
         return 100 * (self.examples - self.certified) / self.examples
 
@@ -60,9 +78,9 @@ class Errors:
         """Counts and percentages, for JSON."""
         return asdict(self) | {
             "undecided": self.undecided,
-            "standard_error": self.standard,
-            "pgd_error": self.attacked,
-            "verified_error": self.verified,
+            "standard_error": self.standard_error,
+            "pgd_error": self.pgd_error,
+            "verified_error": self.verified_error,
         }
 
 
@@ -71,23 +89,20 @@ class Contradiction(Exception):
 
 
 @torch.no_grad()
-def standard_and_certified(
-    network: nn.Module, x: Tensor, labels: Tensor, epsilon: float, verifier: Verifier = certified
-) -> Tensor:
-    """How many images are misclassified and how many certified: int64, shape ``(2,)``.
+def standard_and_certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+    """How many images are misclassified and how many certified by IBP: int64, shape ``(2,)``.
 
     Args:
         network: in evaluation mode.
         x: images, uint8 or in [0, 1], ``(n, C, H, W)``.
         labels: true classes, int64 ``(n,)``.
         epsilon: radius ≥ 0 in pixels of [0, 1].
-        verifier: what proves.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
     for images, classes in zip(torch.split(x, CHUNK), torch.split(labels, CHUNK), strict=True):
         images = as_float(images)
         counts[0] += (network(images).argmax(1) != classes).sum()
-        counts[1] += verifier(network, images, classes, epsilon).sum()
+        counts[1] += certified(network, images, classes, epsilon).sum()
     return counts
 
 
@@ -100,10 +115,14 @@ def evaluate(
     pgd_steps: int,
     pgd_restarts: int,
     seed: int,
-    verifier: Verifier = certified,
+    verifiers: Sequence[str] = ("ibp",),
+    time_limit: float = 60.0,
     on_batch: Callable[[int], object] = lambda _: None,
 ) -> Errors:
-    """Attack and verify every image.
+    """Attack every image, then verify in a cascade.
+
+    The first verifier is asked about all images, each later one about those that neither the
+    attack nor a verifier before it has decided.
 
     Args:
         network: from images to logits ``(batch, classes)``; put in evaluation mode.
@@ -113,22 +132,25 @@ def evaluate(
         pgd_steps: steps of the attack, at least 1.
         pgd_restarts: attempts of the attack, at least 1.
         seed: of the attack's random starts.
-        verifier: what proves.
+        verifiers: keys of :data:`~robust_app.verifiers.VERIFIERS`, at least one.
+        time_limit: seconds for an image, of the verifiers that could go on for ever.
         on_batch: told how many images were done, after each batch.
 
     Raises:
         Contradiction: if the attack succeeds on a certified image.
-        UnsupportedLayer: if the verifier has no rule for a layer.
+        UnsupportedLayer: if a verifier has no rule for a layer.
     """
     network.eval()
     generator = torch.Generator(x.device).manual_seed(seed)
-    misclassified = broken_count = certified_count = 0
-    for images, classes in zip(torch.split(x, CHUNK), torch.split(labels, CHUNK), strict=True):
+    shares = {name: Share() for name in ("pgd", *verifiers)}
+    misclassified = broken_count = attacked_count = certified_count = 0
+    chunk = CHUNK if tuple(verifiers) == ("ibp",) else PATIENT_CHUNK
+    for images, classes in zip(torch.split(x, chunk), torch.split(labels, chunk), strict=True):
         images = as_float(images)
         with torch.no_grad():
             wrong = network(images).argmax(1) != classes
-            proved = verifier(network, images, classes, epsilon)
-        broken = falsified(
+        started = time.perf_counter()
+        broken = wrong | falsified(
             network,
             images,
             classes,
@@ -137,14 +159,35 @@ def evaluate(
             restarts=pgd_restarts,
             generator=generator,
         )
-        broken |= wrong
-        if (broken & proved).any():
-            raise Contradiction(
-                f"{int((broken & proved).sum())} certified images have counterexamples within "
-                f"{epsilon}: a bound is not sound"
-            )
+        attacked_count += int(broken.sum())
+        _count(shares["pgd"], torch.zeros_like(broken), broken, started)
+
+        proved = torch.zeros_like(broken)
+        asked = torch.ones_like(broken)
+        for name in verifiers:
+            started = time.perf_counter()
+            if asked.any():
+                verdict = VERIFIERS[name].decide(
+                    network, images[asked], classes[asked], epsilon, time_limit
+                )
+                _count(shares[name], *verdict, started)
+                proved[asked] = verdict.certified
+                broken[asked] = broken[asked] | verdict.falsified
+            if (broken & proved).any():
+                raise Contradiction(
+                    f"{int((broken & proved).sum())} images certified by {name} have "
+                    f"counterexamples within {epsilon}: a bound is not sound"
+                )
+            asked = ~(broken | proved)
         misclassified += int(wrong.sum())
         broken_count += int(broken.sum())
         certified_count += int(proved.sum())
         on_batch(len(images))
-    return Errors(len(x), misclassified, broken_count, certified_count)
+    return Errors(len(x), misclassified, attacked_count, broken_count, certified_count, shares)
+
+
+def _count(share: Share, certified: Tensor, falsified: Tensor, started: float) -> None:
+    share.examples += len(certified)
+    share.certified += int(certified.sum())
+    share.falsified += int(falsified.sum())
+    share.seconds += time.perf_counter() - started

@@ -14,7 +14,8 @@ def fosc(x: Tensor, x_adv: Tensor, gradient: Tensor, epsilon: float | Tensor) ->
         x: clean images, ``(batch, ...)``.
         x_adv: adversarial images within ε of them, same shape.
         gradient: ∇, of each example's own loss at ``x_adv``, same shape.
-        epsilon: radius ≥ 0 in pixels of [0, 1].
+        epsilon: radius ≥ 0 in pixels of [0, 1]; in a box of hidden values (A.6) its radius, like
+            ``x``, which is its centre then.
 
     Returns:
         Non-negative values up to rounding, shape ``(batch,)``.
@@ -49,7 +50,7 @@ class Stationarity:
         Args:
             x: clean images, ``(batch, ...)``.
             x_adv: adversarial images that require a gradient, same shape.
-            epsilon: radius in pixels of [0, 1].
+            epsilon: radius in pixels of [0, 1], 0-dim or like ``x``.
         """
         self.x, self.x_adv, self.epsilon = x, x_adv, epsilon
 

@@ -1,22 +1,32 @@
 """The losses of one batch (paper, section 3): what any of them is evaluated through."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robust_app.bounds import margin_bounds
+from robust_app.bounds import layer_inputs, margins_after
+from robust_app.crown import crown_margins
 from robust_app.interval import Interval
+from robust_app.regularizers import regularization
 
 
 def certified_loss(
-    network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Tensor
+    network: nn.Module,
+    box: Interval,
+    labels: Tensor,
+    *,
+    crown_share: float = 0.0,
+    box_regularizers: float = 0.0,
 ) -> Tensor:
     """Cross entropy of the worst margins, an upper bound of the robust loss.
 
     Args:
         network: layers that :func:`robust_app.bounds.propagate` knows.
-        x: images in [0, 1], ``(batch, ...)``.
+        box: of inputs, ``(batch, ...)``; of images, as of :meth:`Interval.around`.
         labels: true classes, int64 ``(batch,)``.
-        epsilon: radius ≥ 0 in pixels of [0, 1].
+        crown_share: β in [0, 1] of m = (1 - β) m_IBP + β m_CROWN-IBP (Zhang et al.).
+        box_regularizers: weight ≥ 0 of :func:`~robust_app.regularizers.regularization`.
 
     Returns:
         0-dim tensor, mean over the batch.
@@ -26,34 +36,32 @@ def certified_loss(
 
     Source: paper, equation 2, 𝓛(-m(x, ε), y).
     """
-    return F.cross_entropy(-margin_bounds(network, Interval.around(x, epsilon), labels), labels)
+    inputs = list(layer_inputs(network, box))
+    margins = 0.0
+    if crown_share < 1:
+        margins = (1 - crown_share) * margins_after(*inputs[-1], labels)
+    if crown_share > 0:
+        margins = margins + crown_share * crown_margins(inputs, labels)
+    loss = F.cross_entropy(-margins, labels)
+    if box_regularizers > 0:
+        loss = loss + box_regularizers * regularization(inputs)
+    return loss
 
 
 class Objective(nn.Module):
-    """A network's losses behind one ``forward``.
+    """A network whose losses all go through one ``forward``.
 
     ``DistributedDataParallel`` averages the gradients of what passes through the ``forward`` of
     the module that it wraps, and of nothing else; so every loss is computed in here.
 
     Args:
-        network: from images ``(batch, C, H, W)`` in [0, 1] to logits ``(batch, classes)``.
+        network: what the losses are of.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, labels: Tensor, epsilon: Tensor | None = None) -> Tensor:
-        """Cross entropy at ``x``, or over the ball of radius ``epsilon`` around it.
-
-        Args:
-            x: images, clean or adversarial, ``(batch, ...)``.
-            labels: true classes, int64 ``(batch,)``.
-            epsilon: radius of the certified loss, 0-dim; None for the loss at ``x`` itself.
-
-        Returns:
-            0-dim tensor, mean over the batch.
-        """
-        if epsilon is None:
-            return F.cross_entropy(self.network(x), labels)
-        return certified_loss(self.network, x, labels, epsilon)
+    def forward(self, loss: Callable[[nn.Module], Tensor]) -> Tensor:
+        """The loss, a 0-dim function of the network, at the network."""
+        return loss(self.network)

@@ -1,57 +1,124 @@
-"""The methods: which losses a step has, and the rule that weighs them."""
+"""The methods: which losses a step has, what attacks, and the rule that weighs the losses."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor, nn
+from typing import NamedTuple
 
 from mogd import BisectorProjection, Constant, Rule
-from robust_app.attacks import fgsm
+from robust_app.authors import AuthorsWeights
 from robust_app.config import Config
-from robust_app.errors import unknown
-from robust_app.fosc import Stationarity
+from robust_app.errors import UserError, unknown
+from robust_app.schedules import Phase
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What a step trains on.
+class Attack(NamedTuple):
+    """How adversarial examples are made.
 
     Attributes:
-        x: images in [0, 1], ``(batch, C, H, W)``.
-        labels: true classes, int64 ``(batch,)``.
-        start: random start of the attack, in units of ε, entries in [-1, 1], like ``x``.
-        epsilon: radius in pixels of [0, 1], 0-dim.
+        steps: of gradient ascent.
+        step: size of each in units of ε.
+        random_start: whether from a random point of the ball, not from its centre.
     """
 
-    x: Tensor
-    labels: Tensor
-    start: Tensor
-    epsilon: Tensor
+    steps: int
+    step: float
+    random_start: bool = True
 
 
-@dataclass(frozen=True)
+def fgsm(_: Config) -> Attack:
+    """FGSM from the image itself (Goodfellow et al.)."""
+    return Attack(steps=1, step=1.0, random_start=False)
+
+
+def fgsm_random(config: Config) -> Attack:
+    """FGSM from a random start (Wong et al.), the paper's."""
+    return Attack(steps=1, step=config.attack_step)
+
+
+def pgd(config: Config) -> Attack:
+    """Several steps from a random start, together 2.5 ε long (Madry et al.)."""
+    return Attack(steps=config.attack_steps, step=2.5 / config.attack_steps)
+
+
+def paper_rule(config: Config) -> Rule:
+    """The paper's weights, or those of its authors' code."""
+    rule = AuthorsWeights if config.authors_weights else BisectorProjection
+    return rule(config.regularization)
+
+
+def ones(_: Config) -> Rule:
+    """The sum of both losses."""
+    return Constant((1.0, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to train on the adversarial and the certified loss together.
+    """What a step of the main phase does.
 
     Attributes:
         description: one line for the user.
-        rule: what weighs the two losses.
+        losses: by name; see :class:`robust_app.steps.Losses`.
+        rule: what weighs two losses by their past; None where there is one loss.
+        attack: what makes adversarial examples.
+        crown: whether the certified loss mixes CROWN-IBP bounds in.
     """
 
     description: str
-    rule: Callable[[Config], Rule]
+    losses: tuple[str, ...]
+    rule: Callable[[Config], Rule] | None = None
+    attack: Callable[[Config], Attack] = fgsm_random
+    crown: bool = False
 
 
-LOSSES = ("adversarial", "certified")
+JOINT = ("adversarial", "certified")
 
-METHODS = {
-    "advibp": Method(
-        "adversarial + IBP loss, bisector or projection by moments, FOSC priority (Algorithm 2)",
-        lambda config: BisectorProjection(config.regularization),
+METHODS: Mapping[str, Method] = {
+    "natural": Method(description="the natural loss alone", losses=("natural",)),
+    "fgsm": Method(
+        description="adversarial loss, FGSM from the image itself",
+        losses=("adversarial",),
+        attack=fgsm,
+    ),
+    "fgsm-random": Method(
+        description="adversarial loss, FGSM from a random start", losses=("adversarial",)
+    ),
+    "pgd": Method(
+        description="adversarial loss, PGD from a random start",
+        losses=("adversarial",),
+        attack=pgd,
+    ),
+    "ibp": Method(
+        description="natural + IBP loss, weights scheduled with ε (Gowal et al.)",
+        losses=("mixed",),
+    ),
+    "crown-ibp": Method(
+        description="natural + CROWN-IBP loss, weights and bounds scheduled (Zhang et al.)",
+        losses=("mixed",),
+        crown=True,
+    ),
+    "diffai": Method(
+        description="natural + IBP loss, fixed weights (after DIFFAI, without zonotopes)",
+        losses=("mixed",),
+    ),
+    "latent-adversarial": Method(
+        description="adversarial loss inside boxes, layer by layer (after COLT, without zonotopes)",
+        losses=("adversarial",),
     ),
     "weighted-sum": Method(
-        "adversarial + IBP loss, weights 1 and 1: the baseline of Figure 2",
-        lambda _: Constant((1.0, 1.0)),
+        description="adversarial + IBP loss, weights 1 and 1: the baseline of Figure 2",
+        losses=JOINT,
+        rule=ones,
+    ),
+    "advibp": Method(
+        description="adversarial + IBP loss, weights by moments, FOSC priority (Algorithm 2)",
+        losses=JOINT,
+        rule=paper_rule,
+    ),
+    "advcrown-ibp": Method(
+        description="AdvIBP with CROWN-IBP bounds mixed in during the ramp",
+        losses=JOINT,
+        rule=paper_rule,
+        crown=True,
     ),
 }
 
@@ -67,44 +134,24 @@ def find(name: str) -> Method:
     return METHODS[name]
 
 
-def attack(network: nn.Module, batch: Batch, step: float) -> Tensor:
-    """FGSM with random initialisation, as a leaf whose gradient will be wanted.
+def check(config: Config) -> None:
+    """See that a run's method fits the rest of its configuration.
 
-    Args:
-        network: what is attacked.
-        batch: images, labels, start and ε.
-        step: step size in units of ε.
+    Raises:
+        UserError: if there is no such method or a field would be ignored where it matters.
     """
-    x_adv = fgsm(
-        network,
-        batch.x,
-        batch.labels,
-        batch.epsilon,
-        start=batch.start,
-        step_size=step * batch.epsilon,
-    )
-    return x_adv.requires_grad_()
+    method = find(config.method)
+    if config.method == "latent-adversarial" and config.stages == 0:
+        raise UserError("stages: expected at least 1 for latent-adversarial, found 0")
+    if config.method == "diffai" and len(set(config.natural_weight)) > 1:
+        found = list(config.natural_weight)
+        raise UserError(f"natural_weight: expected twice the same for diffai, found {found}")
+    if config.authors_weights and method.rule is not paper_rule:
+        raise UserError(f"authors_weights: expected false for {config.method}, found true")
+    if config.certified_ramp and "adversarial" not in method.losses:
+        raise UserError(f"certified_ramp: expected false for {config.method}, found true")
 
 
-def joint_losses(
-    objective: Callable[..., Tensor],
-    network: nn.Module,
-    batch: Batch,
-    attack_step: float,
-    stationarity: Stationarity,
-) -> Iterator[Tensor]:
-    """The adversarial, then the certified loss, each made when it is asked for.
-
-    Args:
-        objective: an :class:`~robust_app.losses.Objective`, bare or wrapped for many processes.
-        network: the network inside it.
-        batch: images, labels, start and ε_t.
-        attack_step: step size of FGSM in units of ε.
-        stationarity: told of the adversarial examples, for the priority.
-
-    Source: paper, Algorithm 2, lines 5-11.
-    """
-    x_adv = attack(network, batch, attack_step)
-    stationarity.observe(batch.x, x_adv, batch.epsilon)
-    yield objective(x_adv, batch.labels)
-    yield objective(batch.x, batch.labels, batch.epsilon)
+def losses_of(method: Method, phase: Phase) -> tuple[str, ...]:
+    """The losses that a step of a phase trains on."""
+    return method.losses if phase is Phase.MAIN else (phase.value,)

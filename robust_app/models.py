@@ -1,10 +1,13 @@
 """The networks by name: data that describe them, and the builder of plain ``nn.Sequential``."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from robust_app.batch_norm import BatchNorm
 from robust_app.errors import UserError, unknown
 from robust_app.layers import Normalize
 
@@ -49,27 +52,70 @@ class Architecture:
         return ", ".join(map(str, (*self.convolutions, *self.dense)))
 
 
-# The paper's Table E leaves the padding open; 1 is what its sources [8, 31] use.
+def _architecture(description: str, hidden_layers: str) -> Architecture:
+    """Read an architecture in the paper's notation."""
+    convolutions = re.findall(r"Conv (\d+) (\d)×\2\+(\d)", hidden_layers)
+    dense = re.findall(r"FC (\d+)", hidden_layers)
+    return Architecture(
+        description,
+        tuple(
+            Conv(int(channels), int(kernel), int(stride))
+            for channels, kernel, stride in convolutions
+        ),
+        tuple(Dense(int(units)) for units in dense),
+    )
+
+
+# The paper leaves the padding open; 1 is what its sources [8, 31] use for Table E.
 MODELS: Mapping[str, Architecture] = {
-    "dm-small": Architecture(
-        "the paper's DM-Small (Table E)",
-        (Conv(16, 4, 2), Conv(32, 4, 1)),
-        (Dense(100),),
+    "dm-small": _architecture(
+        "the paper's DM-Small (Table E)", "Conv 16 4×4+2, Conv 32 4×4+1, FC 100"
     ),
-    "dm-medium": Architecture(
+    "dm-medium": _architecture(
         "the paper's DM-Medium (Table E)",
-        (Conv(32, 3, 1), Conv(32, 4, 2), Conv(64, 3, 1), Conv(64, 4, 2)),
-        (Dense(512), Dense(512)),
+        "Conv 32 3×3+1, Conv 32 4×4+2, Conv 64 3×3+1, Conv 64 4×4+2, FC 512, FC 512",
     ),
-    "dm-large": Architecture(
+    "dm-large": _architecture(
         "the paper's DM-Large (Table E)",
-        (Conv(64, 3, 1), Conv(64, 3, 1), Conv(128, 3, 2), Conv(128, 3, 1), Conv(128, 3, 1)),
-        (Dense(512),),
+        "Conv 64 3×3+1, Conv 64 3×3+1, Conv 128 3×3+2, Conv 128 3×3+1, Conv 128 3×3+1, FC 512",
     ),
-    "digits-cnn": Architecture(
+    "dm-small-strided": _architecture(
+        "what the paper's authors evaluated as DM-Small on MNIST",
+        "Conv 16 4×4+2, Conv 32 4×4+2, FC 100",
+    ),
+    "cnn7": _architecture(
+        "CNN7 of Shi et al. 2021, DM-Large's shapes, for use with BatchNorm",
+        "Conv 64 3×3+1, Conv 64 3×3+1, Conv 128 3×3+2, Conv 128 3×3+1, Conv 128 3×3+1, FC 512",
+    ),
+    "cnn-small": _architecture(
+        "the paper's CNN-Small (Table A)", "Conv 16 3×3+2, Conv 32 3×3+1, FC 512"
+    ),
+    "cnn-medium": _architecture(
+        "the paper's CNN-Medium (Table A)",
+        "Conv 32 3×3+2, Conv 64 3×3+1, Conv 128 3×3+1, Conv 256 3×3+1, FC 512, FC 512",
+    ),
+    "cnn-large": _architecture(
+        "the paper's CNN-Large (Table A)",
+        "Conv 64 3×3+2, Conv 64 3×3+1, Conv 128 3×3+1, Conv 256 3×3+1, Conv 256 3×3+1, FC 512",
+    ),
+    **{
+        f"table-f-{letter.lower()}": _architecture(f"the paper's {letter} (Table F)", hidden_layers)
+        for letter, hidden_layers in {
+            "A": "Conv 8 3×3+2, Conv 16 3×3+1, FC 100",
+            "B": "Conv 16 3×3+2, Conv 32 3×3+1, FC 100",
+            "C": "Conv 32 3×3+2, Conv 64 3×3+1, FC 100",
+            "D": "Conv 8 4×4+2, Conv 16 4×4+1, FC 512",
+            "E": "Conv 16 4×4+2, Conv 32 4×4+1, FC 512",
+            "F": "Conv 32 4×4+2, Conv 64 4×4+1, FC 512",
+            "G": "Conv 8 3×3+2, Conv 16 3×3+1, Conv 32 3×3+1, Conv 64 3×3+1, FC 512",
+            "H": "Conv 16 3×3+2, Conv 32 3×3+1, Conv 64 3×3+1, Conv 128 3×3+1, FC 512",
+            "I": "Conv 8 3×3+1, Conv 8 4×4+2, Conv 16 3×3+1, Conv 16 4×4+2, FC 512",
+            "J": "Conv 16 3×3+1, Conv 16 4×4+2, Conv 32 3×3+1, Conv 32 4×4+2, FC 512",
+        }.items()
+    },
+    "digits-cnn": _architecture(
         "a small network for the 8×8 digits, trained in seconds",
-        (Conv(16, 3, 1), Conv(32, 4, 2)),
-        (Dense(64),),
+        "Conv 16 3×3+1, Conv 32 4×4+2, FC 64",
     ),
 }
 
@@ -80,6 +126,8 @@ def build(
     classes: int,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    *,
+    batch_norm: bool = False,
 ) -> nn.Sequential:
     """Build a network with torch's default initialisation.
 
@@ -90,6 +138,8 @@ def build(
         mean: with ``std``, one number per channel for a leading
             :class:`~robust_app.layers.Normalize`; no such layer without them.
         std: see ``mean``.
+        batch_norm: whether a :class:`~robust_app.batch_norm.BatchNorm` follows each convolution
+            and hidden linear layer, before the ReLU; these layers then have no bias of their own.
 
     Returns:
         A flat sequence from images ``(batch, C, H, W)`` to logits ``(batch, classes)``.
@@ -122,15 +172,39 @@ def build(
             raise UserError(
                 f"images of {input_shape[1]}×{input_shape[2]} pixels are too small for {name}"
             )
-        layers += [nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride, 1), nn.ReLU()]
+        layers.append(
+            nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride, 1, bias=not batch_norm)
+        )
+        layers += _activation(conv.channels, batch_norm)
         channels = conv.channels
 
     layers.append(nn.Flatten())
     features = channels * height * width
     for dense in architecture.dense:
-        layers += [nn.Linear(features, dense.units), nn.ReLU()]
+        layers.append(nn.Linear(features, dense.units, bias=not batch_norm))
+        layers += _activation(dense.units, batch_norm)
         features = dense.units
     return nn.Sequential(*layers, nn.Linear(features, classes))
+
+
+def parameter_count(
+    name: str, input_shape: tuple[int, int, int], classes: int, *, batch_norm: bool = False
+) -> int:
+    """The number of weights and biases that :func:`build` would make; none is made.
+
+    Raises:
+        UserError: see :func:`build`.
+
+    >>> parameter_count("dm-small", (1, 28, 28), classes=10)
+    550406
+    """
+    with torch.device("meta"):
+        network = build(name, input_shape, classes, batch_norm=batch_norm)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _activation(channels: int, batch_norm: bool) -> list[nn.Module]:
+    return [BatchNorm(channels), nn.ReLU()] if batch_norm else [nn.ReLU()]
 
 
 def _output_size(size: int, conv: Conv) -> int:

@@ -41,7 +41,8 @@ class Lines(Silent):
     def epoch(self, metrics: dict[str, Any]) -> None:
         """Print the epoch."""
         line = f"epoch {metrics['epoch']:>{len(str(self.epochs))}}/{self.epochs}  "
-        line += f"{metrics['phase']:<11}  {summary(metrics)}"
+        name = f"stage {metrics['stage']}" if metrics["stage"] else metrics["phase"]
+        line += f"{name:<11}  {summary(metrics)}"
         if metrics["verified_error"] is not None:
             line += f"  held out: standard {metrics['standard_error']:.2f}%"
             line += f" verified {metrics['verified_error']:.2f}%"
@@ -85,7 +86,7 @@ def summary(values: dict[str, Any]) -> str:
     'natural 0.500  ε 0.1000'
     """
     parts = []
-    for name in ("natural", "adversarial", "certified"):
+    for name in ("natural", "adversarial", "certified", "mixed"):
         if f"{name}_loss" in values:
             part = f"{name} {values[f'{name}_loss']:.3f}"
             if f"{name}_weight" in values:
@@ -140,9 +141,26 @@ def errors_table(title: str, rows: Iterable[tuple[str, Errors]]) -> Table:
     for name, errors in rows:
         table.add_row(
             name,
-            *(f"{value:.2f}%" for value in (errors.standard, errors.attacked, errors.verified)),
+            *(
+                f"{value:.2f}%"
+                for value in (errors.standard_error, errors.pgd_error, errors.verified_error)
+            ),
             *(str(count) for count in (errors.certified, errors.falsified, errors.undecided)),
         )
+    return table
+
+
+def shares_table(rows: Iterable[tuple[str, Errors]]) -> Table:
+    """What the attack and each verifier of a cascade decided, a row each."""
+    table = Table(title="decided by", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("network", no_wrap=True)
+    table.add_column("by", no_wrap=True)
+    for column in ("images asked", "certified", "falsified", "seconds"):
+        table.add_column(column, justify="right")
+    for name, errors in rows:
+        for by, share in errors.shares.items():
+            counts = (share.examples, share.certified, share.falsified)
+            table.add_row(name, by, *map(str, counts), f"{share.seconds:.1f}")
     return table
 
 

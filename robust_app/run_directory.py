@@ -32,6 +32,10 @@ class RunDirectory:
         self.results_file = path / "results.json"
         self.curves_file = path / "curves.png"
 
+    def stage_file(self, stage: int) -> Path:
+        """The network as it was when a stage of layer-wise training ended."""
+        return self.path / f"stage-{stage}.pt"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process; the lock dies with it.

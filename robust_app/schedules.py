@@ -18,20 +18,27 @@ class Phase(Enum):
 
     NATURAL = "natural"
     ADVERSARIAL = "adversarial"
-    JOINT = "joint"
+    CERTIFIED = "certified"  # a ramp of the certified loss alone, where the config asks for it
+    MAIN = "main"
 
 
-def phase(t: float, natural_epochs: float, adversarial_epochs: float) -> Phase:
-    """The phase at time t ≥ 0: natural for T_nat epochs, adversarial for T_adv, then joint.
+def phase(
+    t: float, natural_epochs: float, adversarial_epochs: float, certified_epochs: float = 0
+) -> Phase:
+    """The phase at time t ≥ 0: natural for T_nat epochs, adversarial for T_adv, then main.
+
+    ``certified_epochs`` put the certified loss alone in between.
 
     >>> [phase(t, natural_epochs=1, adversarial_epochs=2).value for t in (0.5, 1, 3)]
-    ['natural', 'adversarial', 'joint']
+    ['natural', 'adversarial', 'main']
     """
     if t < natural_epochs:
         return Phase.NATURAL
     if t < natural_epochs + adversarial_epochs:
         return Phase.ADVERSARIAL
-    return Phase.JOINT
+    if t < natural_epochs + adversarial_epochs + certified_epochs:
+        return Phase.CERTIFIED
+    return Phase.MAIN
 
 
 def smoothed_ramp(t: float, length: float, middle: float = 0.25, power: float = 4.0) -> float:
@@ -80,33 +87,86 @@ def step_decay(t: float, initial: float, milestones: Sequence[float], factor: fl
     return float(initial * factor ** sum(milestone <= t for milestone in milestones))
 
 
-@dataclass(frozen=True)
+def between(ends: tuple[float, float], share: float) -> float:
+    """From the first number at share 0 to the second at share 1, in proportion.
+
+    The weight κ of the natural loss and the share β of CROWN bounds follow ε in this way
+    (Zhang et al., section 3).
+
+    >>> between((1.0, 0.5), share=0.5)
+    0.75
+    """
+    return ends[0] + (ends[1] - ends[0]) * share
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What the schedules say at one moment of a run.
 
     Attributes:
+        stage: 0 while the whole network trains, s in the s-th layer-wise stage.
         phase: which losses are trained on.
         epsilon: ε_t in pixels of [0, 1].
         fosc_threshold: c_t.
         learning_rate: η_t.
+        natural_weight: κ of the methods that add the natural to the certified loss.
+        crown_share: β of the methods that mix CROWN-IBP with interval bounds.
+        box_regularizers: weight of the two regularisers of boxes.
     """
 
+    stage: int = 0
     phase: Phase
     epsilon: float
     fosc_threshold: float
     learning_rate: float
+    natural_weight: float
+    crown_share: float
+    box_regularizers: float
 
 
 def setting(config: Config, t: float) -> Setting:
     """All schedules of a run at ``t`` epochs from its start."""
+    if t >= config.epochs and config.stages:
+        return _stage_setting(config, t - config.epochs)
     since_warm_up = t - config.natural_epochs - config.adversarial_epochs
-    now = phase(t, config.natural_epochs, config.adversarial_epochs)
+    now = phase(
+        t,
+        config.natural_epochs,
+        config.adversarial_epochs,
+        config.ramp_epochs if config.certified_ramp else 0,
+    )
     ramp = smoothed_ramp(since_warm_up, config.ramp_epochs)
-    share = {Phase.NATURAL: 0.0, Phase.ADVERSARIAL: 1.0, Phase.JOINT: ramp}[now]
-    threshold = fosc_threshold(
-        since_warm_up, config.fosc_maximum, config.ramp_epochs, config.fosc_decay_epochs
+    share = {Phase.NATURAL: 0.0, Phase.ADVERSARIAL: 1.0}.get(now, ramp)
+    return Setting(
+        phase=now,
+        epsilon=share * config.epsilon,
+        fosc_threshold=fosc_threshold(
+            since_warm_up, config.fosc_maximum, config.ramp_epochs, config.fosc_decay_epochs
+        ),
+        learning_rate=step_decay(
+            t, config.learning_rate, config.milestones, config.learning_rate_factor
+        ),
+        natural_weight=between(config.natural_weight, ramp),
+        crown_share=between(config.crown_share, ramp),
+        box_regularizers=config.box_regularizers * (1 - ramp),
     )
-    learning_rate = step_decay(
-        t, config.learning_rate, config.milestones, config.learning_rate_factor
+
+
+def _stage_setting(config: Config, t: float) -> Setting:
+    """A layer-wise stage is trained at ε_train and c_t = 0 from its first epoch on (A.6)."""
+    stage, since_start = divmod(t, config.stage_epochs)
+    return Setting(
+        stage=1 + int(stage),
+        phase=Phase.MAIN,
+        epsilon=config.epsilon,
+        fosc_threshold=0.0,
+        learning_rate=step_decay(
+            since_start,
+            config.stage_learning_rate,
+            config.stage_milestones,
+            config.learning_rate_factor,
+        ),
+        natural_weight=config.natural_weight[1],
+        crown_share=config.crown_share[1],
+        box_regularizers=0.0,
     )
-    return Setting(now, share * config.epsilon, threshold, learning_rate)

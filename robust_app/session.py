@@ -1,15 +1,17 @@
 """A run in its directory: begun or resumed, saved after every epoch, evaluated at the end."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from robust_app import checkpoint
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.errors import UserError
-from robust_app.evaluation import VERIFIERS, Errors, evaluate
+from robust_app.evaluation import Errors, evaluate
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer, Watcher, build_network
 
@@ -64,10 +66,13 @@ def run(trainer: Trainer, directory: RunDirectory, watcher: Watcher, stop_after:
 
 def _save(trainer: Trainer, directory: RunDirectory, metrics: list[dict[str, Any]]) -> None:
     state = FORMAT | trainer.state_dict()
-    model = FORMAT | {"epoch": trainer.epochs_done, "network": state["network"]}
+    network = trainer.certifiable().state_dict()
+    model = FORMAT | {"epoch": trainer.epochs_done, "network": network}
     directory.write_metrics(metrics)
     if best_epoch(metrics) == trainer.epochs_done:
         checkpoint.save(model, directory.best_file)
+    if trainer.config.stages and ends_stage(trainer.config, trainer.epochs_done):
+        checkpoint.save(model, directory.stage_file(trainer.stage))
     checkpoint.save(model, directory.last_file)
     checkpoint.save(state, directory.checkpoint_file)
 
@@ -76,11 +81,16 @@ def _restore(trainer: Trainer, directory: RunDirectory) -> None:
     path = directory.checkpoint_file
     state = checkpoint.load(path)
     try:
-        checkpoint.restore(trainer.network, state["network"], path)
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.epochs_done = state["epochs_done"]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: does not fit this run ({error})") from error
+        trainer.load_state_dict(state)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: does not fit this run ({reason})") from error
+
+
+def ends_stage(config: Config, epochs_done: int) -> bool:
+    """Whether a stage is complete after so many epochs; stage 0 trains the whole network."""
+    stages, rest = divmod(epochs_done - config.epochs, config.stage_epochs)
+    return stages >= 0 and rest == 0
 
 
 def load_network(directory: RunDirectory, dataset: Dataset, which: str) -> tuple[nn.Module, int]:
@@ -89,12 +99,12 @@ def load_network(directory: RunDirectory, dataset: Dataset, which: str) -> tuple
     Args:
         directory: of the run.
         dataset: the run's own.
-        which: ``"best"`` or ``"last"``.
+        which: ``"best"``, ``"last"`` or ``"stage-S"``, as it was when stage S ended.
 
     Raises:
         UserError: if the file is missing, damaged or of another network.
     """
-    path = directory.best_file if which == "best" else directory.last_file
+    path = directory.path / f"{which}.pt"
     saved = checkpoint.load(path)
     if not {"network", "epoch"} <= saved.keys():
         raise UserError(f"{path}: holds no network")
@@ -103,30 +113,68 @@ def load_network(directory: RunDirectory, dataset: Dataset, which: str) -> tuple
     return network.eval().to(dataset.x_test.device), int(saved["epoch"])
 
 
+@dataclass(frozen=True)
+class Examination:
+    """How networks are evaluated on test images.
+
+    Attributes:
+        epsilon: radius in pixels of [0, 1].
+        pgd_steps, pgd_restarts: strength of the attack, at least 1 each.
+        verifiers: the cascade; see :func:`~robust_app.evaluation.evaluate`.
+        time_limit: seconds for an image, of the verifiers that could go on for ever.
+        images: how many test images, drawn at random by the run's seed; None for all.
+    """
+
+    epsilon: float
+    pgd_steps: int
+    pgd_restarts: int
+    verifiers: tuple[str, ...] = ("ibp",)
+    time_limit: float = 60.0
+    images: int | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> "Examination":
+        """The one that a run's configuration asks for."""
+        return cls(config.evaluation_epsilon, config.pgd_steps, config.pgd_restarts)
+
+
 def measure(
     network: nn.Module,
     dataset: Dataset,
-    config: Config,
-    verifier: str,
-    on_batch: Callable[[int], None],
+    how: Examination,
+    seed: int,
+    on_batch: Callable[[int], object],
 ) -> Errors:
-    """Errors on the test images, attacked and verified as the configuration says.
+    """Errors on the test images.
 
     Args:
         network: on the device of the data.
         dataset: its test part is used.
-        config: radius, strength of the attack, and seed.
-        verifier: a key of :data:`~robust_app.evaluation.VERIFIERS`.
+        how: what to do with them.
+        seed: of the choice of images and of the attack's random starts.
         on_batch: told how many images were done, after each batch.
+
+    Raises:
+        UserError: if there are fewer test images than asked for.
     """
+    x, y = dataset.x_test, dataset.y_test
+    if how.images is not None:
+        if how.images > len(x):
+            raise UserError(
+                f"images: expected at most the {len(x)} test images, found {how.images}"
+            )
+        drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        chosen = drawn[: how.images].to(x.device)
+        x, y = x[chosen], y[chosen]
     return evaluate(
         network,
-        dataset.x_test,
-        dataset.y_test,
-        config.evaluation_epsilon,
-        pgd_steps=config.pgd_steps,
-        pgd_restarts=config.pgd_restarts,
-        seed=config.seed,
-        verifier=VERIFIERS[verifier],
+        x,
+        y,
+        how.epsilon,
+        pgd_steps=how.pgd_steps,
+        pgd_restarts=how.pgd_restarts,
+        seed=seed,
+        verifiers=how.verifiers,
+        time_limit=how.time_limit,
         on_batch=on_batch,
     )

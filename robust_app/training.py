@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from mogd import Threshold, UnbiasedMultiGradient, parallel
-from robust_app import batches, data, methods, models
+from robust_app import batch_norm, batches, data, methods, models
 from robust_app.attacks import uniform_start
-from robust_app.bounds import certified
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError
-from robust_app.evaluation import standard_and_certified
+from robust_app.evaluation import CHUNK, standard_and_certified
 from robust_app.fosc import Stationarity
+from robust_app.initialization import ibp_initialization
+from robust_app.layerwise import split
 from robust_app.losses import Objective
-from robust_app.schedules import Phase, Setting, setting
+from robust_app.schedules import Setting, setting
+from robust_app.steps import Batch, Losses
 
 
 class Watcher(Protocol):
@@ -61,17 +63,24 @@ class Trainer:
         dataset: what to train on; the test part is not touched.
         world: the processes that share the work.
 
+    Attributes:
+        network: all layers, also those that a layer-wise stage has frozen.
+        stage: 0 while all of them train, s in the s-th layer-wise stage.
+
     Raises:
-        UserError: if a name is unknown, or the data do not fit the model or the batch size.
+        UserError: if a name is unknown, the method does not fit the configuration, or the data do
+            not fit the model or the batch size.
     """
 
     def __init__(self, config: Config, dataset: Dataset, world: World) -> None:
+        methods.check(config)
         if config.batch_size % world.size:
             raise UserError(
                 f"batch_size: expected a multiple of the {world.size} processes, "
                 f"found {config.batch_size}"
             )
         self.config, self.world = config, world
+        self.method = methods.find(config.method)
         parts = data.split(dataset, config.held_out, config.seed)
         self.x, self.labels, self.held_out_x, self.held_out_labels = (
             part.to(world.device) for part in parts
@@ -82,19 +91,45 @@ class Trainer:
                 f"found {config.batch_size}"
             )
         torch.manual_seed(config.seed)
-        self.network = build_network(config, dataset).to(world.device)
-        self.objective = world.wrap(Objective(self.network))
+        self.network: nn.Module = build_network(config, dataset, trainable=True).to(world.device)
+        split(self.network, config.stages)  # refuses a stage beyond the last layer now
         self.stationarity = Stationarity()
         self.priority = Threshold(self.stationarity, limit=config.fosc_maximum)
-        self.optimizer = UnbiasedMultiGradient(
-            self.network.parameters(),
-            torch.optim.Adam,
-            lr=config.learning_rate,
-            moment_decay=config.moment_decay,
-            rule=methods.find(config.method).rule(config),
-            priority=self.priority,
-        )
         self.epochs_done = 0
+        self.begin_stage(0)
+
+    def begin_stage(self, stage: int) -> None:
+        """Freeze the layers before the stage's input; a fresh optimizer for the rest (A.6).
+
+        BatchNorm is folded away before the first layer-wise stage.
+        """
+        if stage > 0:
+            self.network = batch_norm.fold(self.network)
+        self.stage = stage
+        before, trained = split(self.network, stage)
+        self.frozen = before.requires_grad_(False).eval()
+        with torch.no_grad():
+            self.input_shape = self.frozen(batches.as_float(self.x[:1])).shape[1:]
+        self.losses = Losses(
+            self.world.wrap(Objective(trained)),
+            trained,
+            self.method,
+            self.method.attack(self.config),
+            self.stationarity,
+        )
+        options: dict[str, Any] = {}
+        if self.config.authors_weights:
+            options["weigh_by"] = [next(trained.parameters())]
+        rule = self.method.rule or methods.ones
+        self.optimizer = UnbiasedMultiGradient(
+            trained.parameters(),
+            torch.optim.Adam,
+            lr=self.config.learning_rate,
+            moment_decay=self.config.moment_decay,
+            rule=rule(self.config),
+            priority=self.priority,
+            **options,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes from epoch to epoch."""
@@ -103,6 +138,23 @@ class Trainer:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, to the same bits on the CPU.
+
+        Raises:
+            KeyError, ValueError, TypeError, AttributeError, RuntimeError: the state is of another
+                run.
+        """
+        epochs_done = state["epochs_done"]
+        self.begin_stage(setting(self.config, max(epochs_done - 1, 0)).stage)
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epochs_done = epochs_done
+
+    def certifiable(self) -> nn.Module:
+        """The network as it is evaluated and saved: in evaluation mode, BatchNorm folded away."""
+        return batch_norm.fold(self.network).eval()
 
     def train_epoch(self, watcher: Watcher) -> dict[str, Any]:
         """Train one epoch and measure the held-out images.
@@ -117,24 +169,31 @@ class Trainer:
         epoch, means = self.epochs_done, Means()
         steps = len(self.x) // self.config.batch_size
         now = setting(self.config, epoch)
-        self.network.train()
+        if now.stage != self.stage:
+            self.begin_stage(now.stage)
+        self.losses.network.train()
         for number, (x, labels, start) in enumerate(self._batches(epoch)):
             now = setting(self.config, epoch + number / steps)
             epsilon = torch.full((), now.epsilon, device=self.world.device)
-            batch = methods.Batch(x, labels, start, epsilon)
+            if self.stage == 0:
+                batch = Batch.of_images(x, labels, start, epsilon)
+            else:
+                batch = Batch.of_hidden(self.frozen, x, labels, start, epsilon)
             try:
                 self._step(batch, now, means)
             except FloatingPointError as error:
                 raise _diverged(f"epoch {epoch + 1}, batch {number + 1}: {error}") from error
             watcher.batch(epoch, number + 1, steps, now, means)
         averages = means.read(over=parallel.average)
-        # The optimizer looks at both losses of each joint step; the warm-up is looked at here.
+        # The optimizer looks at both losses of each joint step; single ones are looked at here.
         finite = all(parameter.isfinite().all() for parameter in self.network.parameters())
         if not finite or not all(map(math.isfinite, averages.values())):
             raise _diverged(f"epoch {epoch + 1}: a mean loss or a parameter is not finite")
+        self._estimate_statistics()
         self.epochs_done += 1
         return {
             "epoch": self.epochs_done,
+            "stage": now.stage,
             "phase": now.phase.value,
             "epsilon": now.epsilon,
             "fosc_threshold": now.fosc_threshold,
@@ -153,59 +212,62 @@ class Trainer:
         ):
             x = batches.as_float(self.x[indices])
             if self.config.augment:
-                x = batches.augment(x, generator)
-            start = uniform_start(x, generator)
+                x = batches.augment(x, generator, self.config.crop_padding)
+            start = self._start(len(x), generator)
             share = self.world.share
             yield share(x), share(self.labels[indices]), share(start)
 
-    def _step(self, batch: methods.Batch, now: Setting, means: Means) -> None:
+    def _start(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random starts for an attack on a batch, of all processes."""
+        shape = () if self.config.one_start_per_batch else (count, *self.input_shape)
+        start = uniform_start(torch.empty(shape, device=self.world.device), generator)
+        return start.expand(count, *self.input_shape)
+
+    def _step(self, batch: Batch, now: Setting, means: Means) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = now.learning_rate
-        if now.phase is Phase.JOINT:
-            self._joint_backward(batch, now, means)
+        self.priority.limit = now.fosc_threshold
+        names = methods.losses_of(self.method, now.phase)
+        losses = self.losses.of(names, batch, now)
+        self.optimizer.zero_grad()
+        if len(names) == 1:
+            loss = next(losses)
+            loss.backward()
+            means.add(**{f"{names[0]}_loss": loss})
         else:
-            self._warm_up_backward(batch, now, means)
+            self._joint_backward(names, losses, means)
         if self.config.gradient_clip < math.inf:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.gradient_clip)
+            nn.utils.clip_grad_norm_(self.losses.network.parameters(), self.config.gradient_clip)
         self.optimizer.step()
 
-    def _warm_up_backward(self, batch: methods.Batch, now: Setting, means: Means) -> None:
-        """Procedure WARMUP: one loss, natural or adversarial."""
-        x = batch.x
-        if now.phase is Phase.ADVERSARIAL:
-            x = methods.attack(self.network, batch, self.config.attack_step).detach()
-        self.optimizer.zero_grad()
-        loss = self.objective(x, batch.labels)
-        loss.backward()
-        means.add(**{f"{now.phase.value}_loss": loss})
-
-    def _joint_backward(self, batch: methods.Batch, now: Setting, means: Means) -> None:
-        """The main loop: both losses, weighed by their past."""
-        self.priority.limit = now.fosc_threshold
-        record = self.optimizer.backward(
-            methods.joint_losses(
-                self.objective, self.network, batch, self.config.attack_step, self.stationarity
-            )
-        )
+    def _joint_backward(
+        self, names: tuple[str, ...], losses: Iterator[Tensor], means: Means
+    ) -> None:
+        """Both losses, weighed by their past."""
+        record = self.optimizer.backward(losses)
         assert record is not None  # only None while accumulating
-        for index, name in enumerate(methods.LOSSES):
+        for index, name in enumerate(names):
             means.add(
                 **{f"{name}_loss": record.losses[index], f"{name}_weight": record.weights[index]}
             )
         means.add(conflicts=record.conflict)
         means.add(certified_first=record.conflict & (record.prioritized == 1))
 
+    def _estimate_statistics(self) -> None:
+        """BatchNorm's statistics over the training images, for evaluation."""
+        share = self.world.share(self.x)
+        images = map(batches.as_float, torch.split(share, CHUNK))
+        batch_norm.estimate(self.network, images)
+
     def _measure(self) -> dict[str, Any]:
         """Errors on the held-out images in percent; None where none are held out."""
         if len(self.held_out_x) == 0:
             return {"standard_error": None, "verified_error": None}
-        self.network.eval()
         counts = standard_and_certified(
-            self.network,
+            self.certifiable(),
             self.world.share(self.held_out_x),
             self.world.share(self.held_out_labels),
             self.config.evaluation_epsilon,
-            certified,
         )
         wrong, proved = self.world.total(counts).tolist()
         return {
@@ -221,16 +283,26 @@ def _diverged(where: str) -> UserError:
     )
 
 
-def build_network(config: Config, dataset: Dataset) -> nn.Sequential:
-    """The network of a run, initialised from torch's current seed.
+def build_network(config: Config, dataset: Dataset, *, trainable: bool = False) -> nn.Sequential:
+    """The network of a run.
+
+    Args:
+        config: names the model.
+        dataset: the images it is for.
+        trainable: as training begins, initialised from torch's current seed and with BatchNorm if
+            the config asks for it; else as it is saved, without BatchNorm.
 
     Raises:
         UserError: if the model is unknown or the images do not fit it.
     """
-    return models.build(
+    network = models.build(
         config.model,
         input_shape=dataset.image_shape,
         classes=dataset.classes,
         mean=dataset.mean,
         std=dataset.std,
+        batch_norm=trainable and config.batch_norm,
     )
+    if trainable and config.ibp_initialization:
+        ibp_initialization(network)
+    return network

@@ -1,1 +1,166 @@
-"""The recipes that come with the package, one TOML file each."""
+"""Recipes: a :class:`~robust_app.config.Config` by name.
+
+A file of this folder is either one recipe, with a key per field of the Config and a
+``description``, or a *family* of them: a table ``default`` names a choice for each of ``model``,
+``epsilon``, ``method`` and ``schedule``, a table per kind says what a choice changes, and a
+recipe's name strings choices together. ``mnist-dm-small-0.3-advibp-paper`` is the family
+``mnist`` with four choices made; those that are left out are the default's.
+"""
+
+import itertools
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from robust_app.config import Config
+from robust_app.errors import UserError, unknown
+
+KINDS = ("model", "epsilon", "method", "schedule")
+
+
+class Family(NamedTuple):
+    """Recipes that share a file.
+
+    Attributes:
+        name: what their names begin with.
+        description: one line for the user.
+        table: the file.
+    """
+
+    name: str
+    description: str
+    table: Mapping[str, Any]
+
+    def choices(self, kind: str) -> list[str]:
+        """What a name may say of one of the :data:`KINDS`."""
+        models: list[str] = self.table["models"]
+        return models if kind == "model" else list(self.table[kind])
+
+    def default(self, kind: str) -> str:
+        """What a name that says nothing of it means."""
+        choice: str = self.table["default"][kind]
+        return choice
+
+    def recipe(self, choice: Mapping[str, str]) -> Config:
+        """The recipe of a choice for each of the :data:`KINDS`."""
+        values = _merged(self.table["base"], choice)
+        for kind in ("schedule", "epsilon", "method"):
+            values |= _merged(self.table[kind][choice[kind]], choice)
+        return Config.from_mapping(values | {"model": choice["model"], "method": choice["method"]})
+
+
+def load(name_or_path: str | Path) -> Config:
+    """The Config of a recipe of the package, or of a file where the argument ends in ``.toml``.
+
+    Raises:
+        UserError: there is no such recipe or file, it is not TOML, or a value is refused.
+
+    >>> load("mnist-dm-large-0.1").evaluation_epsilon
+    0.1
+    >>> load("mnist-dm-small-0.3-advibp-paper") == load("mnist-dm-small")
+    True
+    """
+    name = str(name_or_path)
+    try:
+        if name in _composed():
+            family, choice = _composed()[name]
+            return family.recipe(choice)
+        values = _read(name)
+        values.pop("description", None)
+        return Config.from_mapping(values)
+    except UserError as error:
+        if str(error).startswith(("recipe ", "unknown recipe")):
+            raise
+        raise UserError(f"recipe {name}: {error}") from None
+
+
+def description(name_or_path: str | Path) -> str:
+    """What a recipe says of itself in a line; empty where it says nothing.
+
+    Raises:
+        UserError: there is no such recipe or file, or it is not TOML.
+    """
+    name = str(name_or_path)
+    if name in _composed():
+        family, choice = _composed()[name]
+        said = [choice[kind] for kind in KINDS]
+        return f"{family.description}: {said[0]}, ε = {said[1]}, {said[2]}, schedule {said[3]}"
+    return str(_read(name).get("description", ""))
+
+
+def names() -> list[str]:
+    """Every recipe of the package, those of a family in full."""
+    full = {
+        "-".join((family.name, *(choice[kind] for kind in KINDS)))
+        for family, choice in _composed().values()
+    }
+    return sorted([*full, *(stem for stem in _files() if not _is_family(_parsed(stem)))])
+
+
+def families() -> list[Family]:
+    """The families of the package."""
+    return [
+        Family(stem, table["description"], table)
+        for stem in _files()
+        if _is_family(table := _parsed(stem))
+    ]
+
+
+def _merged(table: Mapping[str, Any], choice: Mapping[str, str]) -> dict[str, Any]:
+    """A table's plain values, overridden by those of its subtables that the choice names."""
+    values = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    for kind in KINDS:
+        values |= _merged(table.get(kind, {}).get(choice[kind], {}), choice)
+    return values
+
+
+@cache
+def _composed() -> dict[str, tuple[Family, dict[str, str]]]:
+    """Every name of every family, short and full, with what it chooses."""
+    found = {}
+    for family in families():
+        options = [["", *family.choices(kind)] for kind in KINDS]
+        for said in itertools.product(*options):
+            choice = {
+                kind: part or family.default(kind) for kind, part in zip(KINDS, said, strict=True)
+            }
+            methods = family.table["schedule"][choice["schedule"]].get("methods")
+            if methods is None or choice["method"] in methods:
+                found["-".join(filter(None, (family.name, *said)))] = (family, choice)
+    return found
+
+
+def _is_family(table: Mapping[str, Any]) -> bool:
+    return "default" in table
+
+
+def _folder() -> Traversable:
+    return resources.files("robust_app") / "recipes"
+
+
+def _files() -> list[str]:
+    files = sorted(file.name for file in _folder().iterdir())
+    return [name.removesuffix(".toml") for name in files if name.endswith(".toml")]
+
+
+@cache
+def _parsed(stem: str) -> dict[str, Any]:
+    return tomllib.loads((_folder() / f"{stem}.toml").read_text(encoding="utf-8"))
+
+
+def _read(name: str) -> dict[str, Any]:
+    """The keys of a recipe that has a file of its own, in the package or the user's."""
+    if not name.endswith(".toml"):
+        if name not in _files():
+            raise unknown("recipe", name, [*_composed(), *names()])
+        return dict(_parsed(name))
+    try:
+        return tomllib.loads(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe {name}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"recipe {name}: not valid TOML ({error})") from error

@@ -2,37 +2,128 @@ import pytest
 import torch
 from torch import nn
 
+from robust_app.batch_norm import BatchNorm
 from robust_app.errors import UserError
 from robust_app.layers import Normalize
-from robust_app.models import MODELS, build
+from robust_app.models import MODELS, build, parameter_count
 
 MNIST, CIFAR10, DIGITS = (1, 28, 28), (3, 32, 32), (1, 8, 8)
 
-# Weights and biases, layer by layer, by hand.
-DM_SMALL_MNIST = (16 * 16 + 16) + (32 * 256 + 32) + (32 * 13 * 13 * 100 + 100) + (1000 + 10)
-DM_MEDIUM_MNIST = (
-    (32 * 9 + 32)
-    + (32 * 32 * 16 + 32)
-    + (64 * 32 * 9 + 64)
-    + (64 * 64 * 16 + 64)
-    + (64 * 7 * 7 * 512 + 512)
-    + (512 * 512 + 512)
-    + (5120 + 10)
-)
-DM_LARGE_CIFAR10 = (
-    (64 * 27 + 64)
-    + (64 * 64 * 9 + 64)
-    + (128 * 64 * 9 + 128)
-    + 2 * (128 * 128 * 9 + 128)
-    + (128 * 16 * 16 * 512 + 512)
-    + (5120 + 10)
-)
-DIGITS_CNN = (16 * 9 + 16) + (32 * 16 * 16 + 32) + (32 * 4 * 4 * 64 + 64) + (640 + 10)
+
+def conv(inputs, outputs, kernel):
+    return outputs * inputs * kernel * kernel + outputs
 
 
-def build_without_memory(name, input_shape, classes=10):
+def dense(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+# Weights and biases, layer by layer, by hand, for c channels and an image of 2h × 2h pixels.
+PARAMETERS = {
+    "dm-small": lambda c, h: (
+        conv(c, 16, 4) + conv(16, 32, 4) + dense(32 * (h - 1) ** 2, 100) + dense(100, 10)
+    ),
+    "dm-medium": lambda c, h: (
+        conv(c, 32, 3)
+        + conv(32, 32, 4)
+        + conv(32, 64, 3)
+        + conv(64, 64, 4)
+        + dense(64 * (h // 2) ** 2, 512)
+        + dense(512, 512)
+        + dense(512, 10)
+    ),
+    "dm-large": lambda c, h: (
+        conv(c, 64, 3)
+        + conv(64, 64, 3)
+        + conv(64, 128, 3)
+        + 2 * conv(128, 128, 3)
+        + dense(128 * h**2, 512)
+        + dense(512, 10)
+    ),
+    "dm-small-strided": lambda c, h: (
+        conv(c, 16, 4) + conv(16, 32, 4) + dense(32 * (h // 2) ** 2, 100) + dense(100, 10)
+    ),
+    "cnn7": lambda c, h: PARAMETERS["dm-large"](c, h),
+    "cnn-small": lambda c, h: (
+        conv(c, 16, 3) + conv(16, 32, 3) + dense(32 * h**2, 512) + dense(512, 10)
+    ),
+    "cnn-medium": lambda c, h: (
+        conv(c, 32, 3)
+        + conv(32, 64, 3)
+        + conv(64, 128, 3)
+        + conv(128, 256, 3)
+        + dense(256 * h**2, 512)
+        + dense(512, 512)
+        + dense(512, 10)
+    ),
+    "cnn-large": lambda c, h: (
+        conv(c, 64, 3)
+        + conv(64, 64, 3)
+        + conv(64, 128, 3)
+        + conv(128, 256, 3)
+        + conv(256, 256, 3)
+        + dense(256 * h**2, 512)
+        + dense(512, 10)
+    ),
+    "table-f-a": lambda c, h: (
+        conv(c, 8, 3) + conv(8, 16, 3) + dense(16 * h**2, 100) + dense(100, 10)
+    ),
+    "table-f-b": lambda c, h: (
+        conv(c, 16, 3) + conv(16, 32, 3) + dense(32 * h**2, 100) + dense(100, 10)
+    ),
+    "table-f-c": lambda c, h: (
+        conv(c, 32, 3) + conv(32, 64, 3) + dense(64 * h**2, 100) + dense(100, 10)
+    ),
+    "table-f-d": lambda c, h: (
+        conv(c, 8, 4) + conv(8, 16, 4) + dense(16 * (h - 1) ** 2, 512) + dense(512, 10)
+    ),
+    "table-f-e": lambda c, h: (
+        conv(c, 16, 4) + conv(16, 32, 4) + dense(32 * (h - 1) ** 2, 512) + dense(512, 10)
+    ),
+    "table-f-f": lambda c, h: (
+        conv(c, 32, 4) + conv(32, 64, 4) + dense(64 * (h - 1) ** 2, 512) + dense(512, 10)
+    ),
+    "table-f-g": lambda c, h: (
+        conv(c, 8, 3)
+        + conv(8, 16, 3)
+        + conv(16, 32, 3)
+        + conv(32, 64, 3)
+        + dense(64 * h**2, 512)
+        + dense(512, 10)
+    ),
+    "table-f-h": lambda c, h: (
+        conv(c, 16, 3)
+        + conv(16, 32, 3)
+        + conv(32, 64, 3)
+        + conv(64, 128, 3)
+        + dense(128 * h**2, 512)
+        + dense(512, 10)
+    ),
+    "table-f-i": lambda c, h: (
+        conv(c, 8, 3)
+        + conv(8, 8, 4)
+        + conv(8, 16, 3)
+        + conv(16, 16, 4)
+        + dense(16 * (h // 2) ** 2, 512)
+        + dense(512, 10)
+    ),
+    "table-f-j": lambda c, h: (
+        conv(c, 16, 3)
+        + conv(16, 16, 4)
+        + conv(16, 32, 3)
+        + conv(32, 32, 4)
+        + dense(32 * (h // 2) ** 2, 512)
+        + dense(512, 10)
+    ),
+    "digits-cnn": lambda c, h: (
+        conv(c, 16, 3) + conv(16, 32, 4) + dense(32 * h**2, 64) + dense(64, 10)
+    ),
+}
+
+
+def build_without_memory(name, input_shape, classes=10, **options):
     with torch.device("meta"):
-        return build(name, input_shape, classes)
+        return build(name, input_shape, classes, **options)
 
 
 def operations(network, input_shape):
@@ -51,18 +142,26 @@ def operations(network, input_shape):
     return total
 
 
-@pytest.mark.parametrize(
-    ("name", "input_shape", "expected"),
-    [
-        ("dm-small", MNIST, DM_SMALL_MNIST),
-        ("dm-medium", MNIST, DM_MEDIUM_MNIST),
-        ("dm-large", CIFAR10, DM_LARGE_CIFAR10),
-        ("digits-cnn", DIGITS, DIGITS_CNN),
-    ],
-)
-def test_parameter_counts_are_those_computed_by_hand(name, input_shape, expected):
+@pytest.mark.parametrize("input_shape", [DIGITS, MNIST, CIFAR10], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts_are_those_computed_by_hand(name, input_shape):
+    expected = PARAMETERS[name](input_shape[0], input_shape[1] // 2)
+    assert parameter_count(name, input_shape, classes=10) == expected
     network = build_without_memory(name, input_shape)
     assert sum(parameter.numel() for parameter in network.parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("dm-small", 16 + 32 + 100),
+        ("cnn7", 64 + 64 + 128 + 128 + 128 + 512),
+        ("cnn-medium", 32 + 64 + 128 + 256 + 512 + 512),
+    ],
+)
+def test_batch_norm_has_a_scale_and_a_bias_in_place_of_the_bias_before_it(name, hidden):
+    plain = parameter_count(name, MNIST, classes=10)
+    assert parameter_count(name, MNIST, classes=10, batch_norm=True) == plain + hidden
 
 
 @pytest.mark.parametrize(
@@ -94,6 +193,22 @@ def test_every_hidden_layer_and_no_other_is_followed_by_relu(name):
     assert weighted[-1] == len(layers) - 1
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_norm_is_before_every_relu_and_nowhere_else(name):
+    layers = list(build_without_memory(name, CIFAR10, batch_norm=True))
+    normalised = [i for i, layer in enumerate(layers) if isinstance(layer, BatchNorm)]
+    activated = [i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
+    assert [i + 1 for i in normalised] == activated
+    assert all(layers[i - 1].bias is None for i in normalised)
+    rest = [type(layer) for layer in layers if not isinstance(layer, BatchNorm)]
+    assert rest == [type(layer) for layer in build_without_memory(name, CIFAR10)]
+
+
+def test_batch_norm_fits_the_channels():
+    network = build("digits-cnn", DIGITS, 10, batch_norm=True).eval()
+    assert network(torch.rand(2, *DIGITS)).shape == (2, 10)
+
+
 def test_same_seed_gives_same_weights():
     def weights():
         torch.manual_seed(3)
@@ -120,10 +235,10 @@ def test_statistics_must_fit_the_channels(mean, std):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "nearest"), [("dm-smal", "dm-small"), ("DM-Large", "dm-large"), ("?", "dm-")]
+    ("wrong", "nearest"), [("dm-smal", "dm-small"), ("DM-Large", "dm-large"), ("?", "")]
 )
 def test_an_unknown_name_is_answered_with_the_nearest_one(wrong, nearest):
-    with pytest.raises(UserError, match=nearest):
+    with pytest.raises(UserError, match=f"the nearest known is '{nearest}"):
         build(wrong, MNIST, 10)
 
 
@@ -141,5 +256,8 @@ def test_a_single_class_is_refused():
 def test_architectures_read_as_in_the_paper():
     assert str(MODELS["dm-medium"]) == (
         "Conv 32 3×3+1, Conv 32 4×4+2, Conv 64 3×3+1, Conv 64 4×4+2, FC 512, FC 512"
+    )
+    assert str(MODELS["table-f-i"]) == (
+        "Conv 8 3×3+1, Conv 8 4×4+2, Conv 16 3×3+1, Conv 16 4×4+2, FC 512"
     )
     assert all("\n" not in model.description for model in MODELS.values())

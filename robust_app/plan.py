@@ -1,0 +1,176 @@
+"""From the rows of a table of the paper to training runs and evaluations; nothing is run here."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from robust_app import config as configs
+from robust_app import models, recipes
+from robust_app.config import Config
+from robust_app.errors import UserError
+from robust_app.paper import Row, Table
+from robust_app.session import Examination
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may differ from the paper, for every row alike.
+
+    Args:
+        schedule: of the recipes: ``"paper"``, ``"authors"`` or ``"short"``.
+        epochs_scale: factor on the length of each run's whole schedule, above 0.
+        seeds: one run each; the recipe's own where empty.
+        stages: layer-wise stages after each run; None for the recipe's, or for as many as the
+            network has in a table that is about them.
+
+    Raises:
+        UserError: a value is unknown or out of its range.
+    """
+
+    schedule: str = "paper"
+    epochs_scale: float = 1.0
+    seeds: tuple[int, ...] = ()
+    stages: int | None = None
+
+    def __post_init__(self) -> None:
+        known = list(dict.fromkeys(c for f in recipes.families() for c in f.choices("schedule")))
+        if self.schedule not in known:
+            raise UserError(f"unknown schedule {self.schedule!r}; there are {', '.join(known)}")
+        if not 0 < self.epochs_scale <= 1000:
+            raise UserError(
+                f"--epochs-scale: expected a number above 0 and at most 1000, "
+                f"found {self.epochs_scale:g}"
+            )
+        if any(seed < 0 for seed in self.seeds):
+            raise UserError(f"--seeds: expected integers of at least 0, found {min(self.seeds)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Args:
+        name: of its directory; runs of different settings have different names.
+        config: complete.
+    """
+
+    name: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of a table, with one seed.
+
+    Args:
+        row: of the table.
+        run: that trains its network; rows may share it.
+        examination: how the run's networks are evaluated for this row.
+        networks: which ones: names of :func:`~robust_app.session.load_network`.
+    """
+
+    row: Row
+    run: Run
+    examination: Examination
+    networks: tuple[str, ...]
+
+
+def tasks(table: Table, settings: Settings) -> list[Task]:
+    """What to do for each row and seed; nothing for a row that the schedule has no recipe of.
+
+    The same row has the same tasks whichever other rows the table has, so that machines which do
+    different rows agree.
+
+    >>> from robust_app import paper
+    >>> first = tasks(paper.find("table-4"), Settings(epochs_scale=0.1))[0]
+    >>> first.run.name, first.run.config.epochs, first.examination.epsilon
+    ('mnist-dm-small-crown-ibp-0.1-paper-x0.1-seed0', 20, 0.1)
+    """
+    return [task for row in table.rows for task in _tasks_of(table, row, settings)]
+
+
+def by_run(found: Iterable[Task]) -> dict[Run, list[Task]]:
+    """The tasks of each run, in the order of the first task of each."""
+    grouped: dict[Run, list[Task]] = {}
+    for task in found:
+        grouped.setdefault(task.run, []).append(task)
+    return grouped
+
+
+def shared_radius(row: Row, schedule: str) -> str | None:
+    """The radius whose recipe trains the row's network; None if there is no recipe.
+
+    Recipes that differ in nothing but the radius evaluated at train the same network, but for
+    what "best" means; then it is the largest one.
+
+    >>> shared_radius(Row("mnist", "0.2", "advibp", "dm-small"), "paper")
+    '0.4'
+    >>> shared_radius(Row("mnist", "0.1", "advibp", "dm-small"), "paper")
+    '0.1'
+    """
+    [family] = [family for family in recipes.families() if family.name == row.dataset]
+    known = set(recipes.names())
+    found = {
+        epsilon: recipes.load(name)
+        for epsilon in family.choices("epsilon")
+        if (name := _recipe(dataclasses.replace(row, epsilon=epsilon), schedule)) in known
+    }
+    if row.epsilon not in found:
+        return None
+    alike = [epsilon for epsilon in found if _trains(found[epsilon]) == _trains(found[row.epsilon])]
+    return max(alike, key=lambda epsilon: found[epsilon].evaluation_epsilon)
+
+
+def _tasks_of(table: Table, row: Row, settings: Settings) -> list[Task]:
+    radius = shared_radius(row, settings.schedule)
+    if radius is None:
+        return []
+    own = recipes.load(_recipe(row, settings.schedule))
+    how = dataclasses.replace(
+        Examination.of(own), verifiers=row.verifiers, images=row.images
+    )
+    recipe = recipes.load(_recipe(dataclasses.replace(row, epsilon=radius), settings.schedule))
+    config = _scaled(recipe, settings.epochs_scale)
+    by_stage = "stages" in table.networks
+    if settings.stages is not None or by_stage:
+        config = dataclasses.replace(config, stages=settings.stages or _all_stages(row.model))
+    networks = table.networks
+    if by_stage:
+        networks = tuple(f"stage-{stage}" for stage in range(config.stages + 1))
+    runs = [
+        Run(_run_name(row, radius, settings, config.stages, seed), _seeded(config, seed))
+        for seed in settings.seeds or (recipe.seed,)
+    ]
+    return [Task(row, run, how, networks) for run in runs]
+
+
+def _recipe(row: Row, schedule: str) -> str:
+    return f"{row.dataset}-{row.model}-{row.epsilon}-{row.method}-{schedule}"
+
+
+def _run_name(row: Row, radius: str, settings: Settings, stages: int, seed: int) -> str:
+    parts = [row.dataset, row.model, row.method, radius, settings.schedule]
+    if settings.epochs_scale != 1:
+        parts.append(f"x{settings.epochs_scale:.12g}")
+    if stages:
+        parts.append(f"stages{stages}")
+    return "-".join([*parts, f"seed{seed}"])
+
+
+def _trains(config: Config) -> Config:
+    """The config less what only the evaluation depends on."""
+    return dataclasses.replace(config, evaluation_epsilon=0.0)
+
+
+def _scaled(config: Config, scale: float) -> Config:
+    return configs.with_epochs(config, max(1, round(config.epochs * scale)))
+
+
+def _seeded(config: Config, seed: int) -> Config:
+    return dataclasses.replace(config, seed=seed)
+
+
+def _all_stages(model: str) -> int:
+    """As many stages as leave the network's last linear layer to train."""
+    architecture = models.MODELS[model]
+    return len(architecture.convolutions) + len(architecture.dense)

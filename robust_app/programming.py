@@ -1,0 +1,127 @@
+"""Mixed-integer linear programs, built piece by piece and solved by HiGHS through SciPy."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robust_app.errors import UserError
+
+_INFEASIBLE = 2  # a status of scipy.optimize.milp
+_ANY_GAP = 1e30  # between the costs of a solution and of the best one
+
+
+class Answer(NamedTuple):
+    """What the solver found out.
+
+    Attributes:
+        infeasible: it is proved that there is no solution.
+        solution: values of all variables, float64 ``(variables,)``, if there are any.
+    """
+
+    infeasible: bool
+    solution: Tensor | None
+
+
+class Program:
+    """Variables between bounds and linear constraints, in float64.
+
+    Raises:
+        UserError: SciPy is not installed.
+
+    >>> program = Program()
+    >>> x = program.variables(torch.tensor([0.0]), torch.tensor([2.0]), integer=True)
+    >>> program.constrain([(torch.tensor([[2.0]]), x)], torch.tensor([1.0]), torch.tensor([9.0]))
+    >>> program.minimum_below(x, torch.tensor([1.0]), limit=5.0, seconds=10.0).solution
+    tensor([1.], dtype=torch.float64)
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._optimize: Any = import_module("scipy.optimize")
+            self._sparse: Any = import_module("scipy.sparse")
+        except ImportError as error:
+            raise UserError("exact verification needs SciPy: pip install 'mogd[exact]'") from error
+        self._lower: list[Tensor] = []
+        self._upper: list[Tensor] = []
+        self._integer: list[Tensor] = []
+        self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # row, column, value
+        self._lower_sides: list[Tensor] = []
+        self._upper_sides: list[Tensor] = []
+
+    def variables(self, lower: Tensor, upper: Tensor, *, integer: bool = False) -> Tensor:
+        """Add variables between bounds ``(n,)``.
+
+        Returns:
+            Their indices, int64 ``(n,)``.
+        """
+        first = sum(map(len, self._lower))
+        self._lower.append(lower)
+        self._upper.append(upper)
+        self._integer.append(torch.full(lower.shape, integer))
+        return torch.arange(first, first + len(lower))
+
+    def constrain(
+        self, terms: Sequence[tuple[Tensor, Tensor]], lower: Tensor, upper: Tensor
+    ) -> None:
+        """Add constraints ``lower <= sum of matrix @ variables <= upper``.
+
+        Args:
+            terms: matrices ``(rows, n)``, or diagonals of square ones ``(n,)``, each with the
+                indices ``(n,)`` of its variables.
+            lower: ``(rows,)``; -inf for none.
+            upper: ``(rows,)``; inf for none.
+        """
+        rows = sum(map(len, self._lower_sides))
+        row, column, value = [], [], []
+        for matrix, indices in terms:
+            entries = (
+                (torch.arange(len(matrix)),) * 2
+                if matrix.ndim == 1
+                else matrix.nonzero(as_tuple=True)
+            )
+            row.append(entries[0] + rows)
+            column.append(indices[entries[1]])
+            value.append(matrix[entries] if matrix.ndim == 2 else matrix)
+        self._entries.append((torch.cat(row), torch.cat(column), torch.cat(value)))
+        self._lower_sides.append(lower)
+        self._upper_sides.append(upper)
+
+    def minimum_below(self, indices: Tensor, costs: Tensor, limit: float, seconds: float) -> Answer:
+        """Look for a solution with ``<costs, variables> <= limit``, the costs guiding the search.
+
+        The first solution ends the search: it need not be the minimum.
+
+        Args:
+            indices: of the variables with costs, ``(n,)``.
+            costs: ``(n,)``.
+            limit: of the costs.
+            seconds: after which the search is given up.
+        """
+        if seconds <= 0:
+            return Answer(infeasible=False, solution=None)
+        lower, upper = torch.cat(self._lower), torch.cat(self._upper)
+        objective = torch.zeros(len(lower), dtype=torch.float64)
+        objective[indices] = costs.double()
+        constraints = [self._optimize.LinearConstraint(objective.numpy()[None], -torch.inf, limit)]
+        if self._entries:
+            row, column, value = (torch.cat(parts) for parts in zip(*self._entries, strict=True))
+            sides = torch.cat(self._lower_sides), torch.cat(self._upper_sides)
+            matrix = self._sparse.csr_array(
+                (value.double().numpy(), (row.numpy(), column.numpy())),
+                shape=(len(sides[0]), len(lower)),
+            )
+            constraints.append(
+                self._optimize.LinearConstraint(matrix, *(side.double().numpy() for side in sides))
+            )
+        result = self._optimize.milp(
+            objective.numpy(),
+            integrality=torch.cat(self._integer).numpy(),
+            bounds=self._optimize.Bounds(lower.double().numpy(), upper.double().numpy()),
+            constraints=constraints,
+            options={"time_limit": seconds, "mip_rel_gap": _ANY_GAP},
+        )
+        solution = None if result.x is None else torch.from_numpy(result.x)
+        return Answer(infeasible=result.status == _INFEASIBLE, solution=solution)

@@ -1,0 +1,118 @@
+"""What keeps bounds tight and ReLUs balanced while ε grows (Shi et al. 2021, section 4.2).
+
+Both functions read the boxes of :func:`robust_app.bounds.layer_inputs`. Means are over all
+entries of the batch, those of the other processes included. The source is "Fast Certified Robust
+Training with Short Warmup"; what it leaves open is said where it is decided.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from robust_app.batch_norm import mean_over_processes
+from robust_app.interval import Interval
+from robust_app.layers import Normalize
+
+TOLERANCE = 0.5  # τ: how far from 1 a ratio may be at no cost
+_NOTHING = 1e-12  # what is smaller is no denominator: its reciprocal's square is still finite
+
+LayerInputs = Iterable[tuple[nn.Module, Interval]]
+
+
+def regularization(inputs: LayerInputs) -> Tensor:
+    """The sum of :func:`tightness` and :func:`relu_balance`, which also say what ``inputs`` is.
+
+    >>> box = Interval(torch.tensor([[3.0, -1.0]]), torch.tensor([[0.5, 0.5]]))
+    >>> regularization([(nn.Identity(), box), (nn.ReLU(), box)])  # unbalanced: 3 to 1
+    tensor(0.3333)
+    """
+    pairs = list(inputs)
+    return tightness(pairs) + relu_balance(pairs)
+
+
+def tightness(inputs: LayerInputs) -> Tensor:
+    """How much wider boxes are before the ReLUs than at the input, in [0, 1].
+
+    The mean over ReLU layers of max(τ - r₀/r, 0)/τ, with r the mean radius of the layer's box and
+    r₀ that of the network's input, after its normalisation where it begins with one. A layer
+    whose radius is 0 (at ε = 0, say) is as tight as can be and adds nothing.
+
+    Args:
+        inputs: each layer with the box at its input, in the network's order.
+
+    Returns:
+        0-dim tensor; its gradient is finite too.
+
+    Raises:
+        ValueError: there is no ReLU layer.
+
+    >>> input, hidden = (Interval(torch.zeros(1, 2), torch.full((1, 2), r)) for r in (0.1, 0.4))
+    >>> tightness([(nn.Linear(2, 2), input), (nn.ReLU(), hidden)])  # 0.25 of 1: half of τ
+    tensor(0.5000)
+    """
+    pairs = list(inputs)
+    boxes = _before_relus(pairs)
+    network_input = next(box for layer, box in pairs if not isinstance(layer, Normalize))
+    first, *radii = mean_over_processes(
+        torch.stack([box.radius.mean() for box in (network_input, *boxes)])
+    )
+    radius = torch.stack(radii)
+    ratio = first / radius.clamp(min=_NOTHING)
+    return _shortfall(torch.where(radius > _NOTHING, ratio, 1)).mean()
+
+
+def relu_balance(inputs: LayerInputs) -> Tensor:
+    """How unequal active and inactive neurons are, in [0, 2].
+
+    The mean over ReLU layers of max(τ - ρ, 0)/τ for two ratios ρ of the active neurons (lower
+    bound above 0) to the inactive ones (upper bound below 0), inverted where they are above 1:
+    of the sums of their centres' absolute values, and of the sums of their centres' squared
+    deviations from the layer's mean centre. A ratio is 0 where one kind of neuron is missing,
+    and 1, so that it adds nothing, where both are.
+
+    Args:
+        inputs: each layer with the box at its input; what is not before a ReLU does not count.
+
+    Returns:
+        0-dim tensor; its gradient is finite too.
+
+    Raises:
+        ValueError: there is no ReLU layer.
+
+    >>> box = Interval(torch.tensor([[2.0, -2.0, -6.0]]), torch.ones(1, 3))
+    >>> relu_balance([(nn.ReLU(), box)])  # centres 2 to 8, squared deviations 16 to 16
+    tensor(0.5000)
+    """
+    return torch.stack([_imbalance(box) for box in _before_relus(inputs)]).mean()
+
+
+def _before_relus(inputs: LayerInputs) -> list[Interval]:
+    boxes = [box for layer, box in inputs if isinstance(layer, nn.ReLU)]
+    if not boxes:
+        raise ValueError("inputs: expected the box before a ReLU layer, found none")
+    return boxes
+
+
+def _imbalance(box: Interval) -> Tensor:
+    center = box.center
+    mean, size = mean_over_processes(torch.stack([center.mean(), center.abs().mean()]))
+    # No ratio depends on the centres' common scale, which is therefore a constant to the gradient.
+    size = size.detach().clamp(min=_NOTHING)
+    center, mean = center / size, mean / size
+    deviation = (center - mean).square()
+    active, inactive = box.lower > 0, box.upper < 0
+    parts = [
+        torch.where(kind, values, 0).mean()
+        for kind in (active, inactive)
+        for values in (center.abs(), deviation)
+    ]
+    of_active, of_inactive = mean_over_processes(torch.stack(parts)).view(2, 2)
+    smaller = torch.minimum(of_active, of_inactive)
+    larger = torch.maximum(of_active, of_inactive)
+    ratio = smaller / larger.clamp(min=_NOTHING)
+    return _shortfall(torch.where(larger > _NOTHING, ratio, 1)).sum()
+
+
+def _shortfall(ratio: Tensor) -> Tensor:
+    return (TOLERANCE - ratio).relu() / TOLERANCE
