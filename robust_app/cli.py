@@ -234,10 +234,16 @@ def list_recipes(
 def list_models() -> None:
     """List the networks that a recipe's `model` names."""
     rows = [
-        (name, str(architecture), architecture.description)
+        (
+            name,
+            str(architecture),
+            architecture.description,
+            f"{models.parameter_count(name, (1, 28, 28), classes=10):,}",
+        )
         for name, architecture in models.MODELS.items()
     ]
-    reporting.console().print(reporting.listing(("model", "hidden layers", "what it is"), rows))
+    columns = ("model", "hidden layers", "what it is", "parameters, MNIST")
+    reporting.console().print(reporting.listing(columns, rows))
 
 
 @app.command("methods")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,11 +38,9 @@ def certified_loss(
     Source: paper, equation 2, 𝓛(-m(x, ε), y).
     """
     inputs = list(layer_inputs(network, box))
-    margins = 0.0
-    if crown_share < 1:
-        margins = (1 - crown_share) * margins_after(*inputs[-1], labels)
+    margins = margins_after(*inputs[-1], labels)
     if crown_share > 0:
-        margins = margins + crown_share * crown_margins(inputs, labels)
+        margins = torch.lerp(margins, crown_margins(inputs, labels), crown_share)
     loss = F.cross_entropy(-margins, labels)
     if box_regularizers > 0:
         loss = loss + box_regularizers * regularization(inputs)

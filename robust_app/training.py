@@ -91,7 +91,7 @@ class Trainer:
                 f"found {config.batch_size}"
             )
         torch.manual_seed(config.seed)
-        self.network: nn.Module = build_network(config, dataset, trainable=True).to(world.device)
+        self.network = build_network(config, dataset, trainable=True).to(world.device)
         split(self.network, config.stages)  # refuses a stage beyond the last layer now
         self.stationarity = Stationarity()
         self.priority = Threshold(self.stationarity, limit=config.fosc_maximum)
@@ -232,7 +232,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if len(names) == 1:
             loss = next(losses)
-            loss.backward()
+            torch.autograd.backward(loss)
             means.add(**{f"{names[0]}_loss": loss})
         else:
             self._joint_backward(names, losses, means)

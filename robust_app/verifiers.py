@@ -1,6 +1,6 @@
 """The verifiers by name: what each proves with, and in one signature."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,7 +71,7 @@ VERIFIERS: Mapping[str, Verifier] = {
 }
 
 
-def parse(names: str) -> Sequence[str]:
+def parse(names: str) -> tuple[str, ...]:
     """The verifiers of a cascade, from their names with commas in between.
 
     Raises:

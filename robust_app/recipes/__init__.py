@@ -112,9 +112,14 @@ def families() -> list[Family]:
 
 def _merged(table: Mapping[str, Any], choice: Mapping[str, str]) -> dict[str, Any]:
     """A table's plain values, overridden by those of its subtables that the choice names."""
-    values = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    values = {
+        key: value
+        for key, value in table.items()
+        if not isinstance(value, Mapping) and key != "methods"  # says where a schedule applies
+    }
     for kind in KINDS:
-        values |= _merged(table.get(kind, {}).get(choice[kind], {}), choice)
+        if choice[kind] in table.get(kind, {}):
+            values |= _merged(table[kind][choice[kind]], choice)
     return values
 
 

@@ -1,0 +1,117 @@
+"""What the run directories already hold of the rows of a table."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robust_app.config import Config
+from robust_app.plan import Task
+from robust_app.run_directory import RunDirectory
+from robust_app.session import Examination, best_epoch
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row of a table with one seed, as far as it is done.
+
+    Args:
+        run: name of the run's directory.
+        seed: of the run.
+        begun: whether the run has been started.
+        epochs_done, epochs: so far, and in all, layer-wise stages included.
+        seconds: the epochs took together.
+        device: the run was trained on, several joined by commas; empty if it was not.
+        errors: of each network evaluated: its ``epoch``, and in percent ``standard``, ``verified``
+            and ``pgd`` error, and ``ibp``, the verified error by interval bounds alone.
+        complete: whether all networks that were asked for are evaluated.
+    """
+
+    run: str
+    seed: int
+    begun: bool
+    epochs_done: int
+    epochs: int
+    seconds: float
+    device: str
+    errors: Mapping[str, Mapping[str, float]]
+    complete: bool
+
+
+def read(out: Path, task: Task) -> Measurement:
+    """What is done of a task, from the files of its run; nothing is computed.
+
+    Args:
+        out: the folder of all runs.
+        task: of :func:`robust_app.plan.tasks`.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    directory, config = RunDirectory(out / task.run.name), task.run.config
+    metrics, results = directory.metrics(), directory.results()
+    epochs = {network: epoch_of(network, config, metrics) for network in task.networks}
+    found = {
+        network: find_result(results, task.examination, epoch)
+        for network, epoch in epochs.items()
+        if epoch is not None
+    }
+    errors = {
+        network: {"epoch": float(epochs[network] or 0), **_errors(result)}
+        for network, result in found.items()
+        if result is not None
+    }
+    return Measurement(
+        run=task.run.name,
+        seed=config.seed,
+        begun=directory.config_file.exists(),
+        epochs_done=len(metrics),
+        epochs=config.total_epochs,
+        seconds=sum(epoch["seconds"] for epoch in metrics),
+        device=", ".join(dict.fromkeys(str(made["device"]) for made in directory.environments())),
+        errors=errors,
+        complete=len(metrics) == config.total_epochs and len(errors) == len(task.networks),
+    )
+
+
+def epoch_of(network: str, config: Config, metrics: list[dict[str, Any]]) -> int | None:
+    """The epoch of a network of a run; None before the run is complete.
+
+    Args:
+        network: a name of :func:`~robust_app.session.load_network`.
+        config: of the run.
+        metrics: of its epochs so far.
+    """
+    if len(metrics) < config.total_epochs:
+        return None
+    if network == "best":
+        return best_epoch(metrics)
+    if network == "last":
+        return config.total_epochs
+    return config.epochs + int(network.removeprefix("stage-")) * config.stage_epochs
+
+
+def find_result(
+    results: list[dict[str, Any]], how: Examination, epoch: int
+) -> dict[str, Any] | None:
+    """The evaluation of one epoch's network in one way, the newest if there are several.
+
+    Args:
+        results: entries of ``results.json``.
+        how: what must agree with the entry.
+        epoch: that must end the entry's name of the network, ``"best (epoch 3)"``.
+    """
+    wanted = json.loads(json.dumps(dataclasses.asdict(how))).items()  # as JSON has it: no tuples
+    for result in reversed(results):
+        named = str(result.get("network", "")).endswith(f"(epoch {epoch})")
+        if named and all(result.get(key) == value for key, value in wanted):
+            return result
+    return None
+
+
+def _errors(result: Mapping[str, Any]) -> dict[str, float]:
+    images = result["examples"]
+    errors = {name: result[f"{name}_error"] for name in ("standard", "verified", "pgd")}
+    return errors | {"ibp": 100 * (images - result["shares"]["ibp"]["certified"]) / images}

@@ -1,0 +1,244 @@
+"""The paper's figures beside the measured ones, as tables of text."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from robust_app.measurements import Measurement
+from robust_app.paper import QUANTITIES, Row, Table, shown
+
+Measured = Mapping[Row, Sequence[Measurement]]
+
+NETWORKS = {
+    "best": "network of the best epoch, chosen on held-out training images",
+    "last": "network of the last epoch",
+}
+STATISTICS = {"best": min, "median": statistics.median, "worst": max}
+MISSING, UNFINISHED = "–", "in progress"
+
+
+class Sheet(NamedTuple):
+    """A table of text.
+
+    Attributes:
+        title: above it; tells the sheets of a table apart.
+        columns: their heads.
+        lines: as many texts each as there are columns.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+
+
+def sheets(table: Table, measured: Measured) -> list[Sheet]:
+    """All there is to show of a table.
+
+    Args:
+        table: with the rows to show.
+        measured: of each row, one a seed.
+    """
+    found = [errors_sheet(table, measured, network) for network in _pair(table)]
+    if "statistics" in table.extras:
+        found = [statistics_sheet(table, measured, network) for network in _pair(table)] + found
+        found[2:2] = [lower_sheet(table, measured, network) for network in _pair(table)]
+    if "reduction" in table.extras:
+        found += [reduction_sheet(table, measured, network) for network in _pair(table)]
+    if "stages" in table.networks:
+        found.append(stages_sheet(table, measured))
+    if "seconds" in table.extras:
+        found.append(seconds_sheet(table, measured))
+    if "literature" in table.extras:
+        found.append(literature_sheet(table))
+    return [sheet for sheet in found if sheet.lines]
+
+
+def unfinished(measured: Measured) -> list[str]:
+    """A line for every run that rows wait for."""
+    waiting = {m.run: m for found in measured.values() for m in found if not m.complete}
+    return [
+        f"{name}: {m.epochs_done} of {m.epochs} epochs"
+        + ("" if m.epochs_done < m.epochs else ", not all evaluated")
+        for name, m in waiting.items()
+    ]
+
+
+def errors_sheet(table: Table, measured: Measured, network: str) -> Sheet:
+    """Each error of each row, the paper's beside the measured."""
+    columns = ["data set", "ε", "method", "model"]
+    for quantity in table.quantities:
+        columns += [f"{QUANTITIES[quantity]}: paper", "measured"]
+    lines = []
+    for row in table.rows:
+        cells = [row.dataset, shown(row.epsilon), row.method, row.model]
+        for quantity in table.quantities:
+            cells.append(percent(row.figures.get(quantity)))
+            cells.append(cell(measured.get(row, ()), network, quantity))
+        lines.append(tuple(cells))
+    return Sheet(f"errors, %, {NETWORKS[network]}", tuple(columns), lines)
+
+
+def statistics_sheet(table: Table, measured: Measured, network: str) -> Sheet:
+    """Smallest, median and largest error over the models."""
+    columns = ["data set", "ε", "method", "models"]
+    for quantity in table.quantities:
+        columns += [f"{QUANTITIES[quantity]}: paper", "measured"]
+    lines = []
+    for entry in table.extras["statistics"]:
+        rows = _matching(table.rows, entry)
+        if not rows:
+            continue
+        cells = [entry["dataset"], shown(entry["epsilon"]), entry["method"]]
+        count = sum(value(measured.get(r, ()), network, "verified") is not None for r in rows)
+        cells.append(f"{count} of {len(rows)}")
+        for quantity in table.quantities:
+            errors = [value(measured.get(row, ()), network, quantity) for row in rows]
+            known = [error for error in errors if error is not None]
+            cells.append(" / ".join(map(percent, entry[quantity])))
+            of_known = [percent(statistic(known)) for statistic in STATISTICS.values() if known]
+            cells.append(" / ".join(of_known) or MISSING)
+        lines.append(tuple(cells))
+    title = f"errors over the models, %, {' / '.join(STATISTICS)}, {NETWORKS[network]}"
+    return Sheet(title, tuple(columns), lines)
+
+
+def lower_sheet(table: Table, measured: Measured, network: str) -> Sheet:
+    """How many models AdvIBP gives a lower verified error than CROWN-IBP does."""
+    lines = []
+    for entry in table.extras["lower"]:
+        rows = _matching(table.rows, entry)
+        if not rows:
+            continue
+        pairs = _pairs(rows, measured, network, "advibp", "crown-ibp")
+        lower = sum(ours < theirs for ours, theirs in pairs.values())
+        cells = [entry["dataset"], shown(entry["epsilon"]), f"{entry['count']}/{entry['models']}"]
+        lines.append((*cells, f"{lower}/{len(pairs)}" if pairs else MISSING))
+    columns = ("data set", "ε", "paper", "measured")
+    return Sheet(f"AdvIBP models with a lower verified error, {NETWORKS[network]}", columns, lines)
+
+
+def reduction_sheet(table: Table, measured: Measured, network: str) -> Sheet:
+    """By how much AdvIBP's verified error is lower than the weighted sum's."""
+    low, high = table.extras["reduction"]
+    lines, reductions = [], []
+    pairs = _pairs(table.rows, measured, network, "advibp", "weighted-sum")
+    for (_, epsilon, model), (ours, theirs) in pairs.items():
+        reductions.append(reduction(ours, theirs))
+        texts = (percent(theirs), percent(ours), f"{reductions[-1]:.1f}%")
+        lines.append((shown(epsilon), model, *texts))
+    found = f"{min(reductions):.1f}% to {max(reductions):.1f}%" if reductions else MISSING
+    title = (
+        f"reduction of the verified error, paper {low}% to {high}%, measured {found}, "
+        f"{NETWORKS[network]}"
+    )
+    return Sheet(title, ("ε", "model", "weighted-sum", "advibp", "reduction"), lines)
+
+
+def stages_sheet(table: Table, measured: Measured) -> Sheet:
+    """The verified error when each layer-wise stage ended."""
+    errors = {row: stage_errors(measured.get(row, ())) for row in table.rows}
+    count = max(map(len, errors.values()), default=0)
+    lines = [
+        (row.dataset, shown(row.epsilon), row.method, row.model)
+        + tuple(cell(measured.get(row, ()), f"stage-{stage}", "verified") for stage in range(count))
+        for row in table.rows
+    ]
+    columns = ("data set", "ε", "method", "model", *(f"after stage {s}" for s in range(count)))
+    return Sheet("verified error after each layer-wise stage, %", columns, lines)
+
+
+def seconds_sheet(table: Table, measured: Measured) -> Sheet:
+    """Training time, averaged over the runs of a model and method that are complete."""
+    lines = []
+    for entry in table.extras["seconds"]:
+        rows = _matching(table.rows, entry)
+        runs = {
+            m.run: m for row in rows for m in measured.get(row, ()) if m.epochs_done == m.epochs
+        }
+        if rows:
+            cells = [entry["dataset"], entry["method"], entry["model"], f"{entry['seconds']}"]
+            mean = statistics.mean(m.seconds for m in runs.values()) if runs else None
+            cells += [MISSING if mean is None else f"{mean:.0f}", f"{len(runs)}"]
+            epochs = dict.fromkeys(str(m.epochs) for m in runs.values())
+            devices = dict.fromkeys(m.device for m in runs.values())
+            lines.append((*cells, ", ".join(epochs), ", ".join(devices)))
+    columns = ("data set", "method", "model", "paper", "measured", "runs", "epochs", "device")
+    return Sheet("seconds of training, averaged over runs", columns, lines)
+
+
+def literature_sheet(table: Table) -> Sheet:
+    """What the paper cites as the best errors of others."""
+    radii = {row.epsilon for row in table.rows}
+    lines = [
+        (
+            shown(entry["epsilon"]),
+            entry["method"],
+            percent(entry["standard"]),
+            percent(entry["verified"]),
+        )
+        for entry in table.extras["literature"]
+        if entry["epsilon"] in radii
+    ]
+    title = "best errors reported in literature, %, as the paper has them"
+    return Sheet(title, ("ε", "method", "standard", "verified"), lines)
+
+
+def values(found: Iterable[Measurement], network: str, quantity: str) -> list[float]:
+    """An error of one network in percent, one a seed that has it."""
+    return [m.errors[network][quantity] for m in found if network in m.errors]
+
+
+def value(found: Iterable[Measurement], network: str, quantity: str) -> float | None:
+    """The median over the seeds; None if there is none."""
+    known = values(found, network, quantity)
+    return statistics.median(known) if known else None
+
+
+def cell(found: Sequence[Measurement], network: str, quantity: str) -> str:
+    """An error as text: over several seeds the median and the range."""
+    known = values(found, network, quantity)
+    if not known:
+        return UNFINISHED if any(m.begun for m in found) else MISSING
+    text = percent(statistics.median(known))
+    return text if len(known) == 1 else f"{text} ({min(known):.2f}–{max(known):.2f})"
+
+
+def stage_errors(found: Sequence[Measurement]) -> list[float]:
+    """The verified error after stage 0, 1, …, up to the last that was evaluated."""
+    errors: list[float] = []
+    while (error := value(found, f"stage-{len(errors)}", "verified")) is not None:
+        errors.append(error)
+    return errors
+
+
+def percent(error: float | None) -> str:
+    """
+    >>> percent(4.1), percent(None)
+    ('4.10', '–')
+    """
+    return MISSING if error is None else f"{error:.2f}"
+
+
+def reduction(ours: float, theirs: float) -> float:
+    """By how many percent of theirs ours is lower; both at least 0.
+
+    >>> reduction(ours=6.0, theirs=8.0)
+    25.0
+    """
+    return 100 * (theirs - ours) / theirs if theirs > 0 else 0.0
+
+
+def paired(
+    rows: Iterable[Row], measured: Measured, network: str, one: str, other: str
+) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """Verified errors of two methods, by data set, ε and model, where both are measured."""
+    by_method: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        error = value(measured.get(row, ()), network, "verified")
+        if error is not None:
+            by_method.setdefault((row.dataset, row.epsilon, row.model), {})[row.method] = error
+    return {
+        case: (errors[one], errors[other])
+        for case, errors in by_method.items()
+        if one in errors and other in errors
+    }
