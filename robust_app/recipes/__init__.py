@@ -118,8 +118,9 @@ def _merged(table: Mapping[str, Any], choice: Mapping[str, str]) -> dict[str, An
         if not isinstance(value, Mapping) and key != "methods"  # says where a schedule applies
     }
     for kind in KINDS:
-        if choice[kind] in table.get(kind, {}):
-            values |= _merged(table[kind][choice[kind]], choice)
+        special = table.get(kind)  # of `epsilon` it may be a plain value, taken above
+        if isinstance(special, Mapping) and choice[kind] in special:
+            values |= _merged(special[choice[kind]], choice)
     return values
 
 
