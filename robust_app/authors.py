@@ -30,7 +30,7 @@ class AuthorsWeights(Rule):
 
         >>> gramian, first = torch.tensor([[4.0, 2.0], [2.0, 1.0]]), torch.tensor(0)
         >>> AuthorsWeights()(gramian, torch.tensor([2.0, 1.0]), first).weights
-        tensor([1.5000, 3.0000])
+        tensor([0.7500, 1.5000])
         """
         paper = BisectorProjection(self.regularization)(gramian, norms, prioritized)
         conflict = conflicting(gramian, norms)

@@ -18,6 +18,8 @@ from robust_app import (
     environment,
     methods,
     models,
+    paper,
+    plan,
     recipes,
     reporting,
     session,
@@ -28,6 +30,7 @@ from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError
 from robust_app.evaluation import Errors
+from robust_app.reproduce import Reproduction
 from robust_app.run_directory import RunDirectory, next_free
 from robust_app.session import Examination
 from robust_app.training import Trainer
@@ -47,6 +50,7 @@ DataRoot = Annotated[
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch missing data into --data-root.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+LIST, ROWS = "NAME[,NAME…]", "Rows of these alone; so also --epsilons and --methods."
 
 
 @app.command()
@@ -266,6 +270,57 @@ def datasets() -> None:
     reporting.console().print(
         reporting.listing(("data set", "what it holds"), data.DATASETS.items())
     )
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help=f"One of {', '.join(paper.names())}.")],
+    model_names: Annotated[str, typer.Option("--models", metavar=LIST, help=ROWS)] = "",
+    epsilons: Annotated[str, typer.Option(metavar=LIST, help="Of these, 8/255 or 8-255.")] = "",
+    method_names: Annotated[str, typer.Option("--methods", metavar=LIST, help="Of these.")] = "",
+    schedule: Annotated[
+        str, typer.Option(help="Of the recipes: paper, authors or short.")
+    ] = "paper",
+    epochs_scale: Annotated[
+        float, typer.Option(help="Factor on the length of each run's whole schedule.")
+    ] = 1.0,
+    seeds: Annotated[
+        str, typer.Option(metavar=LIST, help="A run each; by default the recipe's own.")
+    ] = "",
+    stages: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layer-wise stages after each run; in figure-a all by default."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where runs, tables and figures are kept.")] = Path(
+        "runs/reproduce"
+    ),
+    data_root: DataRoot = None,
+    download: Download = False,
+    device: Device = "auto",
+) -> None:
+    """Train and evaluate what a table of the paper needs; set its figures beside those measured.
+
+    What is done already is not done again; what is half done is resumed.
+    """
+    whole = paper.find(table)
+    asked = paper.select(whole, *map(_listed, (model_names, epsilons, method_names)))
+    settings = plan.Settings(schedule, epochs_scale, plan.parse_seeds(_listed(seeds)), stages)
+    console = reporting.console()
+    with distributed.join(device) as world:
+        reproduction = Reproduction(
+            whole, asked, settings, out, world, console, data_root, download
+        )
+        try:
+            reproduction.run()
+        except KeyboardInterrupt:
+            if world.leads:
+                console.print("interrupted; the same command continues")
+            raise typer.Exit(130) from None
+
+
+def _listed(text: str) -> list[str]:
+    """The names in a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _load(config: Config, data_root: Path | None, download: bool, world: World) -> Dataset:

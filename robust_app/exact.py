@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from robust_app.attacks import pgd
-from robust_app.crown import Problem, margin_bound, optimize, relax, rows_at_once, tighten
+from robust_app.crown import (
+    Problem,
+    crown_margins,
+    margin_bound,
+    optimize,
+    relax,
+    rows_at_once,
+    tighten,
+)
 from robust_app.interval import Interval
 from robust_app.programming import Program
 from robust_app.pullback import LinearBound, pull_back
@@ -89,28 +97,31 @@ def decide(
     """
     deadline = time.monotonic() + time_limit
     x, labels = image.unsqueeze(0), torch.tensor([label])
+    program = Program()
+    exact = copy.deepcopy(network).double().cpu()
+    problem = Problem.of(exact, Interval.around(x.double().cpu(), epsilon), labels)
+    # Refuses layers now, however easy the image is.
+    crown_margins(problem.trace, labels)
     # Programs are slow to find what an attack finds at once.
     found = _misclassified_near(network, x, x, label, epsilon)
     if found is not None:
         return Decision(Verdict.FALSIFIED, found)
 
-    exact = copy.deepcopy(network).double().cpu()
-    problem = Problem.of(exact, Interval.around(x.double().cpu(), epsilon), labels)
     for stage in (relax, optimize, tighten, relax, optimize):
         problem = stage(problem)
         if problem.proved:
             return Decision(Verdict.CERTIFIED)
 
-    encoding = _encoded(problem.trace)
+    variables = _add_network(program, problem.trace)
     verdict = Verdict.CERTIFIED
     for other in problem.margins[0].argsort().tolist():  # the likeliest counterexample first
         if problem.margins[0, other] > 0:
             break
         margin = margin_bound(problem.trace, labels.unsqueeze(1), torch.tensor([[other]]))
-        costs, constant = encoding.in_columns(margin)
-        answer = encoding.program.minimum_below(
-            encoding.columns,
-            costs.squeeze(0),
+        terms, constant = _in_variables(problem.trace, margin, variables)
+        answer = program.minimum_below(
+            torch.cat([indices for _, indices in terms]),
+            torch.cat([matrix.squeeze(0) for matrix, _ in terms]),
             TOLERANCE - constant.item(),
             deadline - time.monotonic(),
         )
@@ -126,72 +137,72 @@ def decide(
 
 # --- The network as constraints --------------------------------------------------------------
 
+_Terms = list[tuple[Tensor, Tensor]]
+"""Matrices, each with the indices of the variables that it multiplies: as of Program."""
 
-class _Encoding(NamedTuple):
-    """Constraints on the values that enter some layers.
 
-    Attributes:
-        program: the constraints; its first variables are the image.
-        columns: the program's variables of those values that are not known to be 0.
-        live: which of all the values, flat, those are.
-        layers: affine layers that follow.
+def _add_network(program: Program, trace: Trace) -> list[Tensor]:
+    """Add the network of one image.
+
+    Variables are the image, and for each neuron whose sign is open its input z, its output h and
+    whether it is active. What lies between are linear functions of these.
+
+    Returns:
+        The indices of the image's variables and of each ReLU's h.
     """
-
-    program: Program
-    columns: Tensor
-    live: Tensor
-    layers: Trace
-
-    def in_columns(self, bound: LinearBound) -> tuple[Tensor, Tensor]:
-        """Functions ``(1, spec)`` after the layers: coefficients ``(spec, n)``, constants."""
-        for layer, box in reversed(self.layers):
-            bound = pull_back(layer, bound, box.center.shape[1:])
-        return bound.coefficients.flatten(2)[0][:, self.live], bound.constant[0]
-
-
-def _encoded(trace: Trace) -> _Encoding:
-    """The network of one image up to its last ReLU, and the layers after that."""
-    image = trace[0][1]
-    program = Program()
-    columns = program.variables(image.lower.flatten(), image.upper.flatten())
-    encoding = _Encoding(program, columns, torch.arange(len(columns)), [])
-    for layer, box in trace:
+    box = trace[0][1]
+    variables = [program.variables(box.lower.flatten(), box.upper.flatten())]
+    for position, (layer, box) in enumerate(trace):
         if is_relu(layer):
-            encoding = _after_relu(encoding, layer, box)
-        else:
-            encoding = encoding._replace(layers=[*encoding.layers, (layer, box)])
-    return encoding
+            variables.append(_add_relu(program, trace[:position], variables, box))
+    return variables
 
 
-def _after_relu(before: _Encoding, relu: nn.Module, box: Interval) -> _Encoding:
-    """Add variables z for the inputs of a ReLU, and h for its outputs where the sign is open.
-
-    Outputs known to be 0 have no variable, those known to be z have that of z.
-    """
-    program, shape = before.program, box.center.shape[1:]
-    lower, upper = box.lower.flatten(), box.upper.flatten()
-    live = (upper > 0).nonzero().squeeze(1)
-    lower, upper = lower[live], upper[live]
+def _add_relu(program: Program, before: Trace, variables: list[Tensor], box: Interval) -> Tensor:
+    neurons = _open_signs(box)
+    lower, upper = box.lower.flatten()[neurons], box.upper.flatten()[neurons]
     z = program.variables(lower, upper)
-    at_once = rows_at_once([*before.layers, (relu, box)])
-    for rows in torch.split(torch.arange(len(live)), at_once):
-        one_hot = torch.zeros(1, len(rows), shape.numel(), dtype=lower.dtype)
-        one_hot[0, torch.arange(len(rows)), live[rows]] = 1
-        outputs = LinearBound(one_hot.view(1, -1, *shape), one_hot.new_zeros(1, len(rows)))
-        matrix, constant = before.in_columns(outputs)
-        minus_z = (-torch.ones_like(constant), z[rows])
-        program.constrain([(matrix, before.columns), minus_z], -constant, -constant)
-
-    open_sign = (lower < 0).nonzero().squeeze(1)
-    z_open, lower, upper = z[open_sign], lower[open_sign], upper[open_sign]
     zero, one = torch.zeros_like(upper), torch.ones_like(upper)
     h = program.variables(zero, upper)
     active = program.variables(zero, one, integer=True)
     # h >= z;  h <= z - lower (1 - active);  h <= upper active.
-    program.constrain([(one, h), (-one, z_open)], zero, one * torch.inf)
-    program.constrain([(one, h), (-one, z_open), (-lower, active)], -one * torch.inf, -lower)
+    program.constrain([(one, h), (-one, z)], zero, one * torch.inf)
+    program.constrain([(one, h), (-one, z), (-lower, active)], -one * torch.inf, -lower)
     program.constrain([(one, h), (-upper, active)], -one * torch.inf, zero)
-    return _Encoding(program, z.index_copy(0, open_sign, h), live, [])
+
+    values = box.center.numel()
+    at_once = rows_at_once([*before, (nn.ReLU(), box)])
+    for rows in torch.split(torch.arange(len(neurons)), at_once):
+        one_hot = torch.zeros(1, len(rows), values, dtype=lower.dtype)
+        one_hot[0, torch.arange(len(rows)), neurons[rows]] = 1
+        outputs = LinearBound(
+            one_hot.view(1, -1, *box.center.shape[1:]), one_hot.new_zeros(1, len(rows))
+        )
+        terms, constant = _in_variables(before, outputs, variables)
+        program.constrain([*terms, (-one[rows], z[rows])], -constant, -constant)
+    return h
+
+
+def _in_variables(
+    trace: Trace, function: LinearBound, variables: list[Tensor]
+) -> tuple[_Terms, Tensor]:
+    """Linear functions ``(1, spec)`` of a layer's outputs, in the variables before it."""
+    terms: _Terms = []
+    image, *hidden = variables
+    for layer, box in reversed(trace):
+        coefficients = function.coefficients
+        if is_relu(layer):
+            terms.append((coefficients.flatten(2)[0][:, _open_signs(box)], hidden.pop()))
+            function = LinearBound(coefficients * (box.lower >= 0), function.constant)
+        else:
+            function = pull_back(layer, function, box.center.shape[1:])
+    terms.append((function.coefficients.flatten(2)[0], image))
+    return terms, function.constant[0]
+
+
+def _open_signs(box: Interval) -> Tensor:
+    """The neurons of one image whose sign is open, flat."""
+    return ((box.lower < 0) & (box.upper > 0)).flatten().nonzero().squeeze(1)
 
 
 # --- Counterexamples -------------------------------------------------------------------------

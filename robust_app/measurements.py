@@ -19,6 +19,7 @@ class Measurement:
 
     Args:
         run: name of the run's directory.
+        recipe: it began from.
         seed: of the run.
         begun: whether the run has been started.
         epochs_done, epochs: so far, and in all, layer-wise stages included.
@@ -30,6 +31,7 @@ class Measurement:
     """
 
     run: str
+    recipe: str
     seed: int
     begun: bool
     epochs_done: int
@@ -65,6 +67,7 @@ def read(out: Path, task: Task) -> Measurement:
     }
     return Measurement(
         run=task.run.name,
+        recipe=task.run.recipe,
         seed=config.seed,
         begun=directory.config_file.exists(),
         epochs_done=len(metrics),
@@ -103,12 +106,15 @@ def find_result(
         how: what must agree with the entry.
         epoch: that must end the entry's name of the network, ``"best (epoch 3)"``.
     """
-    wanted = json.loads(json.dumps(dataclasses.asdict(how))).items()  # as JSON has it: no tuples
-    for result in reversed(results):
-        named = str(result.get("network", "")).endswith(f"(epoch {epoch})")
-        if named and all(result.get(key) == value for key, value in wanted):
-            return result
-    return None
+    # As JSON has it: lists, not tuples.
+    wanted: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(how)))
+    matching = (
+        result
+        for result in reversed(results)
+        if str(result.get("network")).endswith(f"(epoch {epoch})")
+        and all(result.get(key) == value for key, value in wanted.items())
+    )
+    return next(matching, None)
 
 
 def _errors(result: Mapping[str, Any]) -> dict[str, float]:

@@ -103,8 +103,9 @@ def select(
 
     Args:
         table: of :func:`find`.
-        models, methods: names to keep; all of them where empty.
-        epsilons: radii to keep, ``"8/255"`` or ``"8-255"``; all of them where empty.
+        models: to keep; all of them where empty.
+        epsilons: to keep, ``"8/255"`` or ``"8-255"``; all of them where empty.
+        methods: to keep; all of them where empty.
 
     Raises:
         UserError: the table has no such row; lists what it has.
@@ -130,7 +131,7 @@ def select(
             f"{', '.join(dict.fromkeys(row.model for row in group))} at ε = {shown(epsilon)}"
             for epsilon, group in itertools.groupby(table.rows, lambda row: row.epsilon)
         )
-        raise UserError(f"{table.name} has no row of all that was asked for; it has {there}")
+        raise UserError(f"{table.name} has no such row; it has {there}")
     return replace(table, rows=rows)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from robust_app import config as configs
 from robust_app import models, recipes
@@ -41,8 +42,24 @@ class Settings:
                 f"--epochs-scale: expected a number above 0 and at most 1000, "
                 f"found {self.epochs_scale:g}"
             )
-        if any(seed < 0 for seed in self.seeds):
-            raise UserError(f"--seeds: expected integers of at least 0, found {min(self.seeds)}")
+
+
+def parse_seeds(texts: Iterable[str]) -> tuple[int, ...]:
+    """Seeds as the command line has them.
+
+    Raises:
+        UserError: one is not an integer of at least 0, or there twice.
+
+    >>> parse_seeds(["0", "1"])
+    (0, 1)
+    """
+    found = tuple(texts)
+    if not all(text.isascii() and text.isdigit() for text in found):
+        raise UserError(f"--seeds: expected integers of at least 0, found {','.join(found)}")
+    seeds = tuple(map(int, found))
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds: expected different ones, found {','.join(found)}")
+    return seeds
 
 
 @dataclass(frozen=True)
@@ -51,10 +68,12 @@ class Run:
 
     Args:
         name: of its directory; runs of different settings have different names.
+        recipe: that the configuration is made from.
         config: complete.
     """
 
     name: str
+    recipe: str
     config: Config
 
 
@@ -109,11 +128,10 @@ def shared_radius(row: Row, schedule: str) -> str | None:
     '0.1'
     """
     [family] = [family for family in recipes.families() if family.name == row.dataset]
-    known = set(recipes.names())
     found = {
-        epsilon: recipes.load(name)
+        epsilon: _load(name)
         for epsilon in family.choices("epsilon")
-        if (name := _recipe(dataclasses.replace(row, epsilon=epsilon), schedule)) in known
+        if (name := _recipe(dataclasses.replace(row, epsilon=epsilon), schedule)) in _known()
     }
     if row.epsilon not in found:
         return None
@@ -125,11 +143,10 @@ def _tasks_of(table: Table, row: Row, settings: Settings) -> list[Task]:
     radius = shared_radius(row, settings.schedule)
     if radius is None:
         return []
-    own = recipes.load(_recipe(row, settings.schedule))
-    how = dataclasses.replace(
-        Examination.of(own), verifiers=row.verifiers, images=row.images
-    )
-    recipe = recipes.load(_recipe(dataclasses.replace(row, epsilon=radius), settings.schedule))
+    own = _load(_recipe(row, settings.schedule))
+    how = dataclasses.replace(Examination.of(own), verifiers=row.verifiers, images=row.images)
+    name = _recipe(dataclasses.replace(row, epsilon=radius), settings.schedule)
+    recipe = _load(name)
     config = _scaled(recipe, settings.epochs_scale)
     by_stage = "stages" in table.networks
     if settings.stages is not None or by_stage:
@@ -138,10 +155,20 @@ def _tasks_of(table: Table, row: Row, settings: Settings) -> list[Task]:
     if by_stage:
         networks = tuple(f"stage-{stage}" for stage in range(config.stages + 1))
     runs = [
-        Run(_run_name(row, radius, settings, config.stages, seed), _seeded(config, seed))
+        Run(_run_name(row, radius, settings, config.stages, seed), name, _seeded(config, seed))
         for seed in settings.seeds or (recipe.seed,)
     ]
     return [Task(row, run, how, networks) for run in runs]
+
+
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(recipes.names())
+
+
+@cache
+def _load(name: str) -> Config:
+    return recipes.load(name)
 
 
 def _recipe(row: Row, schedule: str) -> str:

@@ -108,7 +108,7 @@ def _linear(layer: nn.Linear, bound: LinearBound, shape: torch.Size) -> LinearBo
     del shape
     constant = bound.constant
     if layer.bias is not None:
-        constant = constant + (bound.coefficients @ layer.bias).reshape(*constant.shape, -1).sum(2)
+        constant = constant + (bound.coefficients @ layer.bias).unsqueeze(2).flatten(2).sum(2)
     return LinearBound(bound.coefficients @ layer.weight, constant)
 
 
@@ -186,5 +186,5 @@ def _batch_norm(
 def _per_channel(bound: LinearBound, scale: Tensor, shift: Tensor) -> LinearBound:
     coefficients = bound.coefficients
     per_channel = scale.view(-1, *[1] * (coefficients.ndim - 3))
-    sums = coefficients.reshape(*coefficients.shape[:3], -1).sum(3)
+    sums = coefficients.unsqueeze(3).flatten(3).sum(3)
     return LinearBound(coefficients * per_channel, bound.constant + sums @ shift)

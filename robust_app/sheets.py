@@ -1,8 +1,8 @@
 """The paper's figures beside the measured ones, as tables of text."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from robust_app.measurements import Measurement
 from robust_app.paper import QUANTITIES, Row, Table, shown
@@ -10,10 +10,14 @@ from robust_app.paper import QUANTITIES, Row, Table, shown
 Measured = Mapping[Row, Sequence[Measurement]]
 
 NETWORKS = {
-    "best": "network of the best epoch, chosen on held-out training images",
-    "last": "network of the last epoch",
+    "best": "best epoch (by held-out training images)",
+    "last": "last epoch",
 }
-STATISTICS = {"best": min, "median": statistics.median, "worst": max}
+STATISTICS: Mapping[str, Callable[[list[float]], float]] = {
+    "best": min,
+    "median": statistics.median,
+    "worst": max,
+}
 MISSING, UNFINISHED = "–", "in progress"
 
 
@@ -28,7 +32,7 @@ class Sheet(NamedTuple):
 
     title: str
     columns: tuple[str, ...]
-    lines: list[tuple[str, ...]]
+    lines: Sequence[tuple[str, ...]]
 
 
 def sheets(table: Table, measured: Measured) -> list[Sheet]:
@@ -38,12 +42,14 @@ def sheets(table: Table, measured: Measured) -> list[Sheet]:
         table: with the rows to show.
         measured: of each row, one a seed.
     """
-    found = [errors_sheet(table, measured, network) for network in _pair(table)]
-    if "statistics" in table.extras:
-        found = [statistics_sheet(table, measured, network) for network in _pair(table)] + found
-        found[2:2] = [lower_sheet(table, measured, network) for network in _pair(table)]
-    if "reduction" in table.extras:
-        found += [reduction_sheet(table, measured, network) for network in _pair(table)]
+    found = []
+    for network in filter(NETWORKS.get, table.networks):
+        if "statistics" in table.extras:
+            found.append(statistics_sheet(table, measured, network))
+            found.append(lower_sheet(table, measured, network))
+        found.append(errors_sheet(table, measured, network))
+        if "reduction" in table.extras:
+            found.append(reduction_sheet(table, measured, network))
     if "stages" in table.networks:
         found.append(stages_sheet(table, measured))
     if "seconds" in table.extras:
@@ -53,26 +59,52 @@ def sheets(table: Table, measured: Measured) -> list[Sheet]:
     return [sheet for sheet in found if sheet.lines]
 
 
-def unfinished(measured: Measured) -> list[str]:
-    """A line for every run that rows wait for."""
-    waiting = {m.run: m for found in measured.values() for m in found if not m.complete}
-    return [
-        f"{name}: {m.epochs_done} of {m.epochs} epochs"
-        + ("" if m.epochs_done < m.epochs else ", not all evaluated")
-        for name, m in waiting.items()
+def unfinished(measured: Measured, reasons: Mapping[str, str]) -> list[str]:
+    """A line for every run that rows wait for.
+
+    Args:
+        measured: of each row, one a seed.
+        reasons: why a run is not finished, by its name, where there is something to say.
+    """
+    waiting = {m.run: m for found in measured.values() for m in found if m.begun and not m.complete}
+    lines = []
+    for name, m in waiting.items():
+        line = f"{name}: {m.epochs_done} of {m.epochs} epochs"
+        line += ", not all evaluated" if m.epochs_done == m.epochs else ""
+        lines.append(f"{line} ({reasons[name]})" if name in reasons else line)
+    return lines
+
+
+def runs_sheet(measured: Measured) -> Sheet:
+    """The training runs behind the rows, those that are begun."""
+    runs = {m.run: m for found in measured.values() for m in found if m.begun}
+    lines = [
+        (
+            name,
+            m.recipe,
+            str(m.seed),
+            f"{m.epochs_done} of {m.epochs}",
+            f"{m.seconds:.0f}",
+            m.device,
+        )
+        for name, m in runs.items()
     ]
+    return Sheet("runs", ("directory", "recipe", "seed", "epochs", "seconds", "device"), lines)
 
 
 def errors_sheet(table: Table, measured: Measured, network: str) -> Sheet:
-    """Each error of each row, the paper's beside the measured."""
+    """Each error of each row, the paper's beside the measured where the paper has any."""
+    beside = any(row.figures for row in table.rows)
     columns = ["data set", "ε", "method", "model"]
     for quantity in table.quantities:
-        columns += [f"{QUANTITIES[quantity]}: paper", "measured"]
+        name = QUANTITIES[quantity]
+        columns += [f"{name}: paper", "measured"] if beside else [name]
     lines = []
     for row in table.rows:
         cells = [row.dataset, shown(row.epsilon), row.method, row.model]
         for quantity in table.quantities:
-            cells.append(percent(row.figures.get(quantity)))
+            if beside:
+                cells.append(percent(row.figures.get(quantity)))
             cells.append(cell(measured.get(row, ()), network, quantity))
         lines.append(tuple(cells))
     return Sheet(f"errors, %, {NETWORKS[network]}", tuple(columns), lines)
@@ -80,26 +112,22 @@ def errors_sheet(table: Table, measured: Measured, network: str) -> Sheet:
 
 def statistics_sheet(table: Table, measured: Measured, network: str) -> Sheet:
     """Smallest, median and largest error over the models."""
-    columns = ["data set", "ε", "method", "models"]
-    for quantity in table.quantities:
-        columns += [f"{QUANTITIES[quantity]}: paper", "measured"]
+    columns = ["data set", "ε", "method", "error"]
+    for name in STATISTICS:
+        columns += [f"{name}: paper", "measured"]
     lines = []
     for entry in table.extras["statistics"]:
         rows = _matching(table.rows, entry)
-        if not rows:
-            continue
-        cells = [entry["dataset"], shown(entry["epsilon"]), entry["method"]]
-        count = sum(value(measured.get(r, ()), network, "verified") is not None for r in rows)
-        cells.append(f"{count} of {len(rows)}")
-        for quantity in table.quantities:
+        for quantity in table.quantities if rows else ():
             errors = [value(measured.get(row, ()), network, quantity) for row in rows]
             known = [error for error in errors if error is not None]
-            cells.append(" / ".join(map(percent, entry[quantity])))
-            of_known = [percent(statistic(known)) for statistic in STATISTICS.values() if known]
-            cells.append(" / ".join(of_known) or MISSING)
-        lines.append(tuple(cells))
-    title = f"errors over the models, %, {' / '.join(STATISTICS)}, {NETWORKS[network]}"
-    return Sheet(title, tuple(columns), lines)
+            cells = [entry["dataset"], shown(entry["epsilon"]), entry["method"]]
+            cells.append(QUANTITIES[quantity])
+            for statistic, paper in zip(STATISTICS.values(), entry[quantity], strict=True):
+                cells += [percent(paper), percent(statistic(known) if known else None)]
+            lines.append((*cells, f"{len(known)} of {len(rows)}"))
+    columns.append("models measured")
+    return Sheet(f"errors over the models, %, {NETWORKS[network]}", tuple(columns), lines)
 
 
 def lower_sheet(table: Table, measured: Measured, network: str) -> Sheet:
@@ -109,7 +137,7 @@ def lower_sheet(table: Table, measured: Measured, network: str) -> Sheet:
         rows = _matching(table.rows, entry)
         if not rows:
             continue
-        pairs = _pairs(rows, measured, network, "advibp", "crown-ibp")
+        pairs = paired(rows, measured, network, "advibp", "crown-ibp")
         lower = sum(ours < theirs for ours, theirs in pairs.values())
         cells = [entry["dataset"], shown(entry["epsilon"]), f"{entry['count']}/{entry['models']}"]
         lines.append((*cells, f"{lower}/{len(pairs)}" if pairs else MISSING))
@@ -121,7 +149,7 @@ def reduction_sheet(table: Table, measured: Measured, network: str) -> Sheet:
     """By how much AdvIBP's verified error is lower than the weighted sum's."""
     low, high = table.extras["reduction"]
     lines, reductions = [], []
-    pairs = _pairs(table.rows, measured, network, "advibp", "weighted-sum")
+    pairs = paired(table.rows, measured, network, "advibp", "weighted-sum")
     for (_, epsilon, model), (ours, theirs) in pairs.items():
         reductions.append(reduction(ours, theirs))
         texts = (percent(theirs), percent(ours), f"{reductions[-1]:.1f}%")
@@ -138,11 +166,11 @@ def stages_sheet(table: Table, measured: Measured) -> Sheet:
     """The verified error when each layer-wise stage ended."""
     errors = {row: stage_errors(measured.get(row, ())) for row in table.rows}
     count = max(map(len, errors.values()), default=0)
-    lines = [
-        (row.dataset, shown(row.epsilon), row.method, row.model)
-        + tuple(cell(measured.get(row, ()), f"stage-{stage}", "verified") for stage in range(count))
-        for row in table.rows
-    ]
+    lines = []
+    for row in table.rows:
+        found = measured.get(row, ())
+        cells = [cell(found, f"stage-{stage}", "verified") for stage in range(count)]
+        lines.append((row.dataset, shown(row.epsilon), row.method, row.model, *cells))
     columns = ("data set", "ε", "method", "model", *(f"after stage {s}" for s in range(count)))
     return Sheet("verified error after each layer-wise stage, %", columns, lines)
 
@@ -242,3 +270,9 @@ def paired(
         for case, errors in by_method.items()
         if one in errors and other in errors
     }
+
+
+def _matching(rows: Iterable[Row], entry: Mapping[str, Any]) -> list[Row]:
+    """The rows that agree with an entry in whatever it says of a row."""
+    kinds = [kind for kind in ("dataset", "epsilon", "method", "model") if kind in entry]
+    return [row for row in rows if all(getattr(row, kind) == entry[kind] for kind in kinds)]

@@ -42,9 +42,7 @@ Prove = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 def _by_bounds(description: str, prove: Prove) -> Verifier:
     """Bounds prove or say nothing, and take the time they take."""
 
-    def decide(
-        network: nn.Module, x: Tensor, labels: Tensor, epsilon: float, seconds: float
-    ) -> Verdict:
+    def decide(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float, _: float) -> Verdict:
         certified = prove(network, x, labels, epsilon)
         return Verdict(certified, torch.zeros_like(certified))
 

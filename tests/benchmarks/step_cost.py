@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from mogd import Threshold, UnbiasedMultiGradient
-from robust_app import methods, models
+from robust_app import methods, models, recipes
 from robust_app.fosc import Stationarity
 from robust_app.losses import Objective
+from robust_app.schedules import setting
+from robust_app.steps import Batch, Losses
 from tests.mogd.test_memory import matrices, objectives, peak_in_gradients, peak_of_the_base
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -56,15 +58,19 @@ def mlp_case() -> Case:
 
 def joint_case(model: str, batch_size: int, rounds: int) -> Case:
     """The joint step of AdvIBP on images of MNIST's size: attack, adversarial, certified loss."""
-    batch = methods.Batch(
+    config = recipes.load("mnist-dm-small")
+    now = setting(config, 80)  # within the ramp of ε
+    batch = Batch.of_images(
         torch.rand(batch_size, 1, 28, 28),
         torch.randint(10, (batch_size,)),
         torch.rand(batch_size, 1, 28, 28) * 2 - 1,
-        torch.tensor(0.2),
+        torch.tensor(now.epsilon),
     )
+    method = methods.find(config.method)
 
     def losses(network: nn.Module, stationarity: Stationarity) -> Iterator[Tensor]:
-        return methods.joint_losses(Objective(network), network, batch, 1.25, stationarity)
+        made = Losses(Objective(network), network, method, method.attack(config), stationarity)
+        return made.of(method.losses, batch, now)
 
     network = models.build(model, (1, 28, 28), classes=10)
     return Case(f"joint step {model}, batch {batch_size}", network, losses, rounds)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_app.attacks import falsified, fgsm, pgd, uniform_start
+from robust_app.attacks import ANYTHING, falsified, fgsm, pgd, uniform_start
 from robust_app.bounds import certified
 
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -123,6 +123,45 @@ def test_epsilon_and_step_size_may_be_tensors():
         for e in (0.25, epsilon)
     ]
     assert torch.equal(*found)
+
+
+@given(seed=st.integers(0, 1000), steps=st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_iterates_stay_in_a_box_with_a_radius_for_each_entry(seed, steps):
+    center = 4 * images(seed) - 2  # no pixels: below 0 and above 1
+    radius = images(seed + 1)
+    network = Recorder(relu_network(seed))
+    start = uniform_start(center, generator(seed))
+    x_adv = pgd(
+        network,
+        center,
+        LABELS,
+        radius,
+        start=start,
+        steps=steps,
+        step_size=0.7 * radius,
+        domain=ANYTHING,
+    )
+    torch.testing.assert_close(network.asked[0], center + radius * start)
+    for iterate in (*network.asked, x_adv):
+        assert ((iterate - center).abs() <= radius + 1e-12).all()
+    assert ((x_adv < 0) | (x_adv > 1)).any()
+    moved = (x_adv - network.asked[-1]).abs()
+    assert (moved <= 0.7 * radius + 1e-12).all()
+
+
+def test_a_domain_of_ones_own_is_kept():
+    x = torch.full((1, 2), 0.5, dtype=torch.float64)
+    x_adv = fgsm(
+        two_classes([1.0, -1.0]),
+        x,
+        torch.tensor([0]),
+        0.4,
+        start=torch.zeros_like(x),
+        step_size=0.4,
+        domain=(0.3, 0.8),
+    )
+    torch.testing.assert_close(x_adv, torch.tensor([[0.3, 0.8]], dtype=torch.float64))
 
 
 def test_parameters_keep_their_gradients():

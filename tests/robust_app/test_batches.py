@@ -20,31 +20,38 @@ def test_as_float_scales_bytes_exactly_and_leaves_floats():
     assert as_float(y) is y
 
 
-def windows(image):
-    """Every crop of the image padded by 4, of it and of its mirror image, as a set of bytes."""
+def windows(image, padding=4):
+    """Every crop of the padded image, of it and of its mirror image, as a set of bytes."""
     _, height, width = image.shape
     found = set()
     for flipped in (image, image.flip(-1)):
-        padded = np.pad(flipped.numpy(), ((0, 0), (4, 4), (4, 4)))
-        for i in range(9):
-            for j in range(9):
+        padded = np.pad(flipped.numpy(), ((0, 0), *[(padding, padding)] * 2))
+        for i in range(2 * padding + 1):
+            for j in range(2 * padding + 1):
                 found.add(padded[:, i : i + height, j : j + width].tobytes())
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5)])
-def test_augment_crops_or_mirrors_each_image_and_reaches_every_window(dtype, shape):
+@pytest.mark.parametrize(("shape", "padding"), [((1, 8, 8), 4), ((3, 7, 5), 4), ((1, 8, 8), 2)])
+def test_augment_crops_or_mirrors_each_image_and_reaches_every_window(dtype, shape, padding):
     image = torch.randint(1, 255, shape, generator=generator()).to(dtype)
     x = image.expand(5000, *shape)
-    found = augment(x, generator(1))
+    found = augment(x, generator(1), padding)
     assert (found.shape, found.dtype) == (x.shape, x.dtype)
-    assert {one.numpy().tobytes() for one in found} == windows(image)  # 162 of them
+    assert {one.numpy().tobytes() for one in found} == windows(image, padding)
+
+
+def test_augment_without_padding_only_flips():
+    image = torch.rand(1, 4, 5, generator=generator())
+    found = augment(image.expand(50, 1, 4, 5), generator(), 0)
+    whole = {image.numpy().tobytes(), image.flip(-1).numpy().tobytes()}
+    assert {one.numpy().tobytes() for one in found} == whole
 
 
 def test_augment_treats_every_image_as_its_own():
     x = torch.arange(1, 7, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 9, 9)
-    found = augment(x, generator())
+    found = augment(x, generator(), 4)
     for i in range(6):
         assert set(found[i].unique().tolist()) <= {0, i + 1}
         assert (found[i] == i + 1).any()
@@ -54,16 +61,16 @@ def test_augment_flips_half_of_the_images():
     # The only mark is far from the middle, so that no shift brings it to the other side.
     x = torch.zeros(4000, 1, 1, 32)
     x[..., 8] = 1
-    left = augment(x, generator())[..., :16].flatten(1).any(1)
-    inside = augment(x, generator()).flatten(1).any(1)  # the row itself may be shifted out
+    left = augment(x, generator(), 4)[..., :16].flatten(1).any(1)
+    inside = augment(x, generator(), 4).flatten(1).any(1)  # the row itself may be shifted out
     assert (left.sum() / inside.sum()).item() == pytest.approx(0.5, abs=0.07)
 
 
 def test_augment_depends_on_the_generator_and_leaves_its_input():
     x = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=generator())
     before = x.clone()
-    assert torch.equal(augment(x, generator(5)), augment(x, generator(5)))
-    assert not torch.equal(augment(x, generator(5)), augment(x, generator(6)))
+    assert torch.equal(augment(x, generator(5), 4), augment(x, generator(5), 4))
+    assert not torch.equal(augment(x, generator(5), 4), augment(x, generator(6), 4))
     assert torch.equal(x, before)
 
 

@@ -1,5 +1,7 @@
 """The first-order stationary condition (paper, A.3)."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -30,6 +32,33 @@ def test_fosc_vanishes_at_the_corner_the_gradient_points_to():
     values = fosc(x, x + 0.25 * gradient.sign(), gradient, 0.25)
 
     torch.testing.assert_close(values, torch.zeros(2))
+
+
+def test_fosc_in_a_box_by_hand():
+    """A radius for each entry: 0.5·2 + 0.25·4 around the centre; at its best corner nothing."""
+    center, radius = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, 0.25]])
+    gradient = torch.tensor([[2.0, -4.0]])
+    assert fosc(center, center, gradient, radius).tolist() == [2.0]
+    corner = center + radius * gradient.sign()
+    assert fosc(center, corner, gradient, radius).tolist() == [0.0]
+    opposite = center - radius * gradient.sign()
+    assert fosc(center, opposite, gradient, radius).tolist() == [4.0]
+
+
+@given(st.integers(0, 2**31))
+def test_fosc_in_a_box_is_the_largest_first_order_gain_at_a_corner(seed):
+    generator = torch.Generator().manual_seed(seed)
+    center, gradient = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    radius, at = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64)
+    x_adv = center + radius * (2 * at - 1)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)), dtype=torch.float64)
+    corners = center.unsqueeze(1) + signs * radius.unsqueeze(1)  # (3, 16, 4)
+    gains = ((corners - x_adv.unsqueeze(1)) * gradient.unsqueeze(1)).sum(2)
+
+    values = fosc(center, x_adv, gradient, radius)
+
+    torch.testing.assert_close(values, gains.max(1).values)
+    assert (values >= -1e-12).all()
 
 
 def test_stationarity_averages_each_example_with_the_gradient_of_its_own_loss():

@@ -1,11 +1,15 @@
+"""Schedules: pure functions of the time in epochs, and what they make of a Config."""
+
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robust_app.config import load_recipe
+from robust_app import recipes
 from robust_app.schedules import (
     Phase,
-    Setting,
+    between,
     fosc_threshold,
     phase,
     setting,
@@ -112,7 +116,7 @@ def test_step_decay_takes_milestones_in_any_order(t, milestones, random):
         (1.9, Phase.NATURAL),
         (2, Phase.ADVERSARIAL),
         (4.9, Phase.ADVERSARIAL),
-        (5, Phase.JOINT),
+        (5, Phase.MAIN),
     ],
 )
 def test_phases_follow_one_another(t, expected):
@@ -121,7 +125,7 @@ def test_phases_follow_one_another(t, expected):
 
 @pytest.mark.parametrize(
     ("natural", "adversarial", "first"),
-    [(0, 0, Phase.JOINT), (0, 1, Phase.ADVERSARIAL), (1, 0, Phase.NATURAL)],
+    [(0, 0, Phase.MAIN), (0, 1, Phase.ADVERSARIAL), (1, 0, Phase.NATURAL)],
 )
 def test_a_phase_of_no_length_is_left_out(natural, adversarial, first):
     assert phase(0, natural, adversarial) is first
@@ -129,21 +133,133 @@ def test_a_phase_of_no_length_is_left_out(natural, adversarial, first):
 
 @pytest.mark.parametrize(
     ("t", "expected"),
+    [
+        (4.9, Phase.ADVERSARIAL),
+        (5, Phase.CERTIFIED),
+        (8.9, Phase.CERTIFIED),
+        (9, Phase.MAIN),
+    ],
+)
+def test_the_certified_loss_alone_comes_between_warm_up_and_main(t, expected):
+    assert phase(t, 2, 3, certified_epochs=4) is expected
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_between_goes_straight_from_one_end_to_the_other(first, second, share, other):
+    assert between((first, second), 0) == first
+    assert between((first, second), 1) == pytest.approx(second)
+    ends = sorted((first, second))
+    assert ends[0] - 1e-12 <= between((first, second), share) <= ends[1] + 1e-12
+    middle = between((first, second), (share + other) / 2)
+    halves = [between((first, second), s) / 2 for s in (share, other)]
+    assert middle == pytest.approx(sum(halves), abs=1e-12)
+
+
+# --- All of them together
+
+
+@pytest.mark.parametrize(
+    ("t", "expected"),
     # Appendix A.5: T_nat 10, T_adv 40, R 50, T' 50, c_max 1e-4, lr / 4 at epochs 150 and 200.
     [
-        (9.9, Setting(Phase.NATURAL, 0.0, 1e-4, 5e-4)),
-        (10, Setting(Phase.ADVERSARIAL, 0.4, 1e-4, 5e-4)),
-        (50, Setting(Phase.JOINT, 0.0, 1e-4, 5e-4)),
-        (62.5, Setting(Phase.JOINT, 0.4 / 13, 1e-4, 5e-4)),
-        (100, Setting(Phase.JOINT, 0.4, 1e-4, 5e-4)),
-        (125, Setting(Phase.JOINT, 0.4, 0.5e-4, 5e-4)),
-        (150, Setting(Phase.JOINT, 0.4, 0.0, 1.25e-4)),
-        (249, Setting(Phase.JOINT, 0.4, 0.0, 3.125e-5)),
+        (9.9, (Phase.NATURAL, 0.0, 1e-4, 5e-4)),
+        (10, (Phase.ADVERSARIAL, 0.4, 1e-4, 5e-4)),
+        (50, (Phase.MAIN, 0.0, 1e-4, 5e-4)),
+        (62.5, (Phase.MAIN, 0.4 / 13, 1e-4, 5e-4)),
+        (100, (Phase.MAIN, 0.4, 1e-4, 5e-4)),
+        (125, (Phase.MAIN, 0.4, 0.5e-4, 5e-4)),
+        (150, (Phase.MAIN, 0.4, 0.0, 1.25e-4)),
+        (249, (Phase.MAIN, 0.4, 0.0, 3.125e-5)),
     ],
 )
 def test_the_schedules_of_the_papers_mnist_run_by_hand(t, expected):
-    found = setting(load_recipe("mnist-dm-small"), t)
-    assert found.phase is expected.phase
-    assert found.epsilon == pytest.approx(expected.epsilon)
-    assert found.fosc_threshold == pytest.approx(expected.fosc_threshold)
-    assert found.learning_rate == pytest.approx(expected.learning_rate)
+    found = setting(recipes.load("mnist-dm-small"), t)
+    assert found.stage == 0
+    assert found.phase is expected[0]
+    numbers = (found.epsilon, found.fosc_threshold, found.learning_rate)
+    assert numbers == pytest.approx(expected[1:])
+
+
+def test_the_authors_ramp_of_the_certified_loss_alone():
+    authors = recipes.load("mnist-dm-small-0.3-advibp-authors")
+    found = [setting(authors, t) for t in (49.9, 50, 62.5, 99.9, 100)]
+    phases = [Phase.NATURAL, *[Phase.CERTIFIED] * 3, Phase.MAIN]
+    assert [now.phase for now in found] == phases
+    shares = [now.epsilon / 0.4 for now in found]
+    # The line from (1/4, 1/13) to (1, 1) is at u = 49.9 / 50 a 500th of its time from its end.
+    assert shares == pytest.approx([0, 0, 1 / 13, 1 - 0.002 * 16 / 13, 1])
+    # Without it the same ε, and both losses from the start.
+    both = setting(dataclasses.replace(authors, certified_ramp=False), 62.5)
+    assert both == dataclasses.replace(found[2], phase=Phase.MAIN)
+
+
+@pytest.mark.parametrize(
+    ("t", "share"),
+    # mnist-ibp: T_nat 10, R 50; a quarter of the ramp is 1/13 of ε, half of it 1/13 + 4/13.
+    [(0, 0), (10, 0), (22.5, 1 / 13), (35, 5 / 13), (60, 1), (199, 1)],
+)
+def test_mixtures_follow_epsilon_along_the_ramp(t, share):
+    config = dataclasses.replace(
+        recipes.load("mnist-ibp"),
+        natural_weight=(0.9, 0.3),
+        crown_share=(1.0, 0.2),
+        box_regularizers=0.5,
+    )
+    now = setting(config, t)
+    assert now.epsilon == pytest.approx(0.4 * share)
+    assert now.natural_weight == pytest.approx(0.9 - 0.6 * share)
+    assert now.crown_share == pytest.approx(1.0 - 0.8 * share)
+    assert now.box_regularizers == pytest.approx(0.5 * (1 - share))
+
+
+@given(st.floats(0, 249.99), st.floats(0, 249.99))
+def test_after_the_warm_up_epsilon_only_grows_and_the_rest_only_falls(s, t):
+    config = dataclasses.replace(recipes.load("mnist-dm-small-short"), epochs=250)
+    early, late = (setting(config, 1 + min(x, 249) * 1.0) for x in sorted((s, t)))
+    assert early.epsilon <= late.epsilon <= config.epsilon
+    for name in ("fosc_threshold", "learning_rate", "natural_weight", "crown_share"):
+        assert getattr(early, name) >= getattr(late, name)
+    assert config.box_regularizers >= early.box_regularizers >= late.box_regularizers >= 0
+
+
+# --- Layer-wise stages
+
+
+STAGES = dataclasses.replace(
+    recipes.load("mnist-dm-small"),
+    stages=2,
+    stage_epochs=4,
+    stage_milestones=(1, 3),
+    natural_weight=(1, 0.25),
+    crown_share=(1, 0.125),
+    box_regularizers=0.5,
+)
+
+
+@pytest.mark.parametrize(
+    ("since", "stage", "decays"),
+    [(0, 1, 0), (0.9, 1, 0), (1, 1, 1), (3, 1, 2), (3.9, 1, 2), (4, 2, 0), (5, 2, 1), (7.9, 2, 2)],
+)
+def test_a_stage_is_at_full_strength_and_its_milestones_begin_anew(since, stage, decays):
+    now = setting(STAGES, 250 + since)
+    assert (now.stage, now.phase) == (stage, Phase.MAIN)
+    assert (now.epsilon, now.fosc_threshold, now.box_regularizers) == (0.4, 0, 0)
+    assert now.learning_rate == pytest.approx(1.25e-4 * 0.25**decays)
+    assert (now.natural_weight, now.crown_share) == (0.25, 0.125)
+
+
+def test_stages_leave_what_is_before_them_alone():
+    without = dataclasses.replace(STAGES, stages=0)
+    for t in (0, 30, 70, 120, 249.9):
+        assert setting(STAGES, t) == setting(without, t)
+        assert setting(STAGES, t).stage == 0
+
+
+@given(st.integers(1, 4), st.integers(1, 7), st.floats(0, 1, exclude_max=True))
+def test_every_stage_has_its_epochs(stages, stage_epochs, share):
+    config = dataclasses.replace(STAGES, stages=stages, stage_epochs=stage_epochs)
+    moments = [config.epochs + epoch + share / 2 for epoch in range(stages * stage_epochs)]
+    counts = [setting(config, t).stage for t in moments]
+    expected = [1 + index // stage_epochs for index in range(len(moments))]
+    assert counts == expected
+    assert config.total_epochs == config.epochs + len(moments)

@@ -1,49 +1,28 @@
-"""The loop: determinism, resuming, many processes, divergence."""
-
-import dataclasses
-import io
-import os
-import socket
-import time
-from pathlib import Path
+"""The loop: determinism, resuming, divergence, and what a Config changes."""
 
 import pytest
 import torch
-import torch.multiprocessing
-from rich.console import Console
 
 from robust_app import checkpoint, data
-from robust_app.config import Config, load_recipe, override
-from robust_app.distributed import World, join
+from robust_app.batch_norm import BatchNorm
+from robust_app.config import override
+from robust_app.distributed import World
 from robust_app.errors import UserError
-from robust_app.reporting import Silent, watcher
+from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
 from robust_app.schedules import Phase
-from robust_app.session import best_epoch, run
+from robust_app.session import best_epoch, load_network, run
 from robust_app.training import Trainer
-
-ALONE = World(0, 1, torch.device("cpu"))
-
-
-def short_config(**changes: object) -> Config:
-    """Three epochs on the digits that pass through every phase, ε included."""
-    schedule = {"epochs": 3, "natural_epochs": 0.5, "adversarial_epochs": 0.5, "ramp_epochs": 1.0}
-    small = {"batch_size": 96, "held_out": 141, "fosc_decay_epochs": 0.5, "milestones": (2.0,)}
-    return dataclasses.replace(load_recipe("digits"), **(schedule | small | changes))
-
-
-def trained(config: Config, directory: Path, stops: tuple[int, ...] = (3,)) -> Trainer:
-    """Train in a directory, with a fresh process's worth of objects after each stop."""
-    files = RunDirectory(directory)
-    files.path.mkdir(parents=True, exist_ok=True)
-    for stop in stops:
-        trainer = Trainer(config, data.load("digits"), ALONE)
-        run(trainer, files, Silent(), stop)
-    return trainer
-
-
-def parameters_of(trainer: Trainer) -> torch.Tensor:
-    return torch.nn.utils.parameters_to_vector(trainer.network.parameters()).detach()
+from tests.robust_app.runs import (
+    ALONE,
+    SHI,
+    assert_same_files,
+    few_digits,
+    full_strength,
+    parameters_of,
+    short_config,
+    trained,
+)
 
 
 def test_every_phase_is_passed_and_reported(tmp_path):
@@ -55,7 +34,7 @@ def test_every_phase_is_passed_and_reported(tmp_path):
     assert {"natural_loss", "adversarial_loss"} <= metrics[0].keys()
     assert metrics[0]["epsilon"] == pytest.approx(0.1)
     last = metrics[-1]
-    assert last["phase"] == "joint"
+    assert (last["phase"], last["stage"]) == ("main", 0)
     assert last["epsilon"] == pytest.approx(0.1)
     assert last["adversarial_loss"] < last["certified_loss"]
     assert 0 <= last["certified_first"] <= last["conflicts"] <= 1
@@ -76,16 +55,7 @@ def test_a_run_resumed_twice_ends_in_the_bits_of_an_unbroken_one(tmp_path):
     resumed = trained(short_config(), tmp_path / "resumed", stops=(1, 2, 3))
 
     assert torch.equal(parameters_of(unbroken), parameters_of(resumed))
-    for name in ("best.pt", "last.pt"):
-        one, other = (checkpoint.load(tmp_path / run / name) for run in ("unbroken", "resumed"))
-        assert one["epoch"] == other["epoch"]
-        for key, value in one["network"].items():
-            assert torch.equal(value, other["network"][key])
-    first, second = (
-        [{**epoch, "seconds": 0} for epoch in RunDirectory(tmp_path / name).metrics()]
-        for name in ("unbroken", "resumed")
-    )
-    assert first == second
+    assert_same_files(tmp_path / "unbroken", tmp_path / "resumed")
 
 
 def test_metrics_written_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
@@ -144,7 +114,7 @@ def test_nothing_held_out_leaves_no_best_model(tmp_path):
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     trained(short_config(), tmp_path, stops=(1,))
-    with pytest.raises(UserError, match=r"checkpoint\.pt: holds another network"):
+    with pytest.raises(UserError, match=r"checkpoint\.pt: does not fit this run \(.*size mismatch"):
         trained(short_config(model="dm-small"), tmp_path, stops=(2,))
 
 
@@ -166,55 +136,72 @@ def test_a_batch_that_processes_cannot_share_is_refused():
         Trainer(short_config(), data.load("digits"), World(0, 5, torch.device("cpu")))
 
 
-def _train_in_parallel(rank: int, size: int, folder: Path) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=(folder / "port").read_text())
-    torch.set_num_threads(1)
-    with join("cpu") as world:
-        assert world.agree_on(3)
-        assert not world.agree_on(rank)
-        with world.leader_first():
-            digits = data.load("digits")
-        trainer = Trainer(short_config(), digits, world)
-        # The leader watches at moments of its own: it may not wait for the others then.
-        terminal = Console(file=io.StringIO(), force_terminal=world.leads)
-        with watcher(terminal, 3) as watch:
-            metrics = [trainer.train_epoch(watch) for _ in range(3)]
-        torch.save(
-            {"parameters": parameters_of(trainer), "metrics": metrics}, folder / f"{rank}.pt"
-        )
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_processes_reach_the_parameters_of_one_on_the_joined_batch(size, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(probe.getsockname()[1]))
-    context = torch.multiprocessing.spawn(
-        _train_in_parallel, (size, tmp_path), nprocs=size, join=False
+def test_the_authors_schedule_ramps_the_certified_loss_alone_and_weighs_by_the_first_layer(
+    tmp_path,
+):
+    config = full_strength(
+        "advibp",
+        epochs=4,
+        natural_epochs=1.0,
+        ramp_epochs=1.5,
+        certified_ramp=True,
+        authors_weights=True,
     )
-    deadline = time.monotonic() + 300
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes wait for each other")
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
-    alone = Trainer(short_config(), data.load("digits"), ALONE)
-    metrics = [alone.train_epoch(Silent()) for _ in range(3)]
+    trainer = trained(config, tmp_path, (4,), few_digits())
+    metrics = RunDirectory(tmp_path).metrics()
+    assert [epoch["phase"] for epoch in metrics] == ["natural", "certified", "main", "main"]
+    reported = [{key for key in epoch if key.endswith("_loss")} for epoch in metrics]
+    assert reported[:2] == [{"natural_loss"}, {"certified_loss"}]
+    assert reported[3] == {"adversarial_loss", "certified_loss"}
+    moments = trainer.optimizer.state_dict()["moments"]["exp_avg"]
+    weight = trainer.network[0].weight
+    assert {position: tuple(m.shape) for position, m in moments.items()} == {0: (2, weight.numel())}
 
-    for rank in ranks[1:]:
-        assert torch.equal(rank["parameters"], ranks[0]["parameters"])
-    # By length: Adam turns rounding of a gradient near 0 into a whole step of single entries.
-    start = parameters_of(Trainer(short_config(), data.load("digits"), ALONE))
-    travelled = (parameters_of(alone) - start).norm()
-    assert (ranks[0]["parameters"] - parameters_of(alone)).norm() < 1e-3 * travelled
-    for one, together in zip(metrics, ranks[0]["metrics"], strict=True):
-        assert one.keys() == together.keys()
-        assert one["phase"] == together["phase"]
-        for key in one.keys() - {"seconds", "phase"}:
-            assert together[key] == pytest.approx(one[key], rel=5e-3, abs=1e-3), key
+
+@pytest.mark.parametrize("one", [True, False])
+def test_a_random_start_is_one_number_for_the_batch_or_one_for_each_pixel(one):
+    """A step that moves nothing leaves the start to be seen."""
+    config = full_strength("fgsm-random", attack_step=1e-6, one_start_per_batch=one)
+    trainer = Trainer(config, few_digits(), ALONE)
+    trainer.train_epoch(Silent())
+    seen = trainer.losses.stationarity
+    inside = (seen.x > 0.03) & (seen.x < 0.97)
+    starts = ((seen.x_adv.detach() - seen.x) / 0.03)[inside]
+    assert (starts.std() < 1e-3) == one
+    assert starts.abs().max() <= 1 + 1e-4
+
+
+def test_shi_et_als_training_starts_from_their_weights_and_saves_no_batch_norm(tmp_path):
+    few = few_digits()
+    config = full_strength("ibp", natural_epochs=1.0, ramp_epochs=3.0, **SHI)
+    plain = full_strength("ibp", batch_norm=True)
+    assert not torch.equal(*(parameters_of(Trainer(c, few, ALONE)) for c in (config, plain)))
+    trainer = trained(config, tmp_path, (6,), few)
+    assert sum(isinstance(layer, BatchNorm) for layer in trainer.network) == 3
+    directory = RunDirectory(tmp_path)
+    directory.config_file.write_text(config.to_toml())
+    network, _ = load_network(directory, few, "last")
+    assert not any(isinstance(layer, BatchNorm) for layer in network)
+    x = few.x_test[:20].float() / 255
+    with torch.no_grad():
+        expected = trainer.network.eval()(x)
+    torch.testing.assert_close(network(x).detach(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_box_regularizers_change_the_ramp_and_nothing_after_it(tmp_path):
+    few = few_digits()
+    runs = [
+        trained(full_strength("ibp", ramp_epochs=ramp, box_regularizers=weight), folder, (2,), few)
+        for ramp, weight, folder in (
+            (0.0, 0.0, tmp_path / "a"),
+            (0.0, 0.5, tmp_path / "b"),
+            (2.0, 0.0, tmp_path / "c"),
+            (2.0, 0.5, tmp_path / "d"),
+        )
+    ]
+    at_once, at_once_with, ramped, ramped_with = map(parameters_of, runs)
+    assert torch.equal(at_once, at_once_with)
+    assert not torch.equal(ramped, ramped_with)
 
 
 def test_overrides_reach_the_trainer():

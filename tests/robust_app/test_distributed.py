@@ -1,0 +1,137 @@
+"""Many processes reach what one reaches on the joined batch."""
+
+import io
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from rich.console import Console
+
+from robust_app import data
+from robust_app.config import Config
+from robust_app.distributed import World, join
+from robust_app.methods import METHODS
+from robust_app.reporting import Silent, watcher
+from robust_app.training import Trainer, Watcher
+from tests.robust_app.runs import ALONE, SHI, few_digits, full_strength, short_config
+
+
+def certified_parameters(trainer: Trainer) -> torch.Tensor:
+    """Of the network as it is saved, which has one form in all stages."""
+    return torch.nn.utils.parameters_to_vector(trainer.certifiable().parameters()).detach()
+
+
+def parallel_kinds() -> dict[str, Config]:
+    """Runs of three epochs in which processes must agree on something of their own."""
+    ramp = {"epochs": 3, "natural_epochs": 0.5, "ramp_epochs": 1.0, "learning_rate": 5e-3}
+    kinds = {method: {"method": method} for method in METHODS if method != "latent-adversarial"}
+    for name in ("diffai", "crown-ibp"):
+        kinds[name] |= {"natural_weight": (0.5, 0.5)}
+    kinds["crown-ibp"] |= {"crown_share": (1.0, 0.5)}
+    kinds["advcrown-ibp"] |= {"crown_share": (1.0, 0.5)}
+    kinds["batch norm"] = {"method": "ibp", **SHI}
+    kinds["joint with batch norm"] = {"method": "advibp", **SHI}
+    kinds["authors"] = {
+        "method": "advibp",
+        "certified_ramp": True,
+        "authors_weights": True,
+        "one_start_per_batch": True,
+    }
+    later = {"epochs": 1, "ramp_epochs": 0.5, "natural_epochs": 0.0}
+    stages = {"stages": 2, "stage_epochs": 1, "stage_learning_rate": 1e-3}
+    kinds["stages"] = {"method": "advibp", **later, **stages}
+    kinds["stages with batch norm"] = {"method": "advibp", **later, **stages, **SHI}
+    kinds["latent-adversarial"] = {"method": "latent-adversarial", **later, **stages}
+    return {name: full_strength(**(ramp | changes)) for name, changes in kinds.items()}
+
+
+KINDS = parallel_kinds()
+
+
+def trainer(kind: str, world: World) -> Trainer:
+    """Of all digits through every phase, or of few digits in another way."""
+    if kind == "digits":
+        return Trainer(short_config(), data.load("digits"), world)
+    return Trainer(KINDS[kind], few_digits(), world)
+
+
+def outcome(trainer: Trainer, watch: Watcher) -> dict[str, Any]:
+    """What a run begins with, ends with and says."""
+    start = certified_parameters(trainer)
+    metrics = [trainer.train_epoch(watch) for _ in range(trainer.config.total_epochs)]
+    return {"start": start, "parameters": certified_parameters(trainer), "metrics": metrics}
+
+
+def _train_in_parallel(rank: int, size: int, folder: Path, kinds: list[str]) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=(folder / "port").read_text())
+    torch.set_num_threads(1)
+    with join("cpu") as world:
+        assert world.agree_on(3)
+        assert not world.agree_on(rank)
+        with world.leader_first():
+            data.load("digits")
+        found = {}
+        for kind in kinds:
+            made = trainer(kind, world)
+            # The leader watches at moments of its own: it may not wait for the others then.
+            terminal = Console(file=io.StringIO(), force_terminal=world.leads)
+            with watcher(terminal, made.config.total_epochs) as watch:
+                found[kind] = outcome(made, watch)
+        torch.save(found, folder / f"{rank}.pt")
+
+
+def trained_by_processes(size: int, folder: Path, kinds: list[str]) -> list[dict[str, Any]]:
+    """The outcome of each kind of run, from each process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(probe.getsockname()[1]))
+    context = torch.multiprocessing.spawn(
+        _train_in_parallel, (size, folder, kinds), nprocs=size, join=False
+    )
+    deadline = time.monotonic() + 300
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the processes wait for each other")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def assert_as_alone(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """The processes agree to the bit, and with a single one up to rounding."""
+    for rank in ranks[1:]:
+        assert torch.equal(rank["parameters"], ranks[0]["parameters"])
+    # By length: Adam turns rounding of a gradient near 0 into a whole step of single entries.
+    travelled = (alone["parameters"] - alone["start"]).norm()
+    assert travelled > 0
+    assert (ranks[0]["parameters"] - alone["parameters"]).norm() < 1e-3 * travelled
+    for one, together in zip(alone["metrics"], ranks[0]["metrics"], strict=True):
+        assert one.keys() == together.keys()
+        assert (one["phase"], one["stage"]) == (together["phase"], together["stage"])
+        for key in one.keys() - {"seconds", "phase"}:
+            assert together[key] == pytest.approx(one[key], rel=5e-3, abs=1e-3), key
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """All kinds of runs, by two processes that are started once."""
+    return trained_by_processes(2, tmp_path_factory.mktemp("two"), ["digits", *KINDS])
+
+
+@pytest.mark.parametrize("kind", ["digits", *KINDS])
+def test_two_processes_train_as_one_does(kind, two_processes):
+    assert_as_alone([rank[kind] for rank in two_processes], outcome(trainer(kind, ALONE), Silent()))
+
+
+@pytest.mark.slow
+def test_three_processes_train_as_one_does(tmp_path):
+    ranks = trained_by_processes(3, tmp_path, ["digits"])
+    alone = outcome(trainer("digits", ALONE), Silent())
+    assert_as_alone([rank["digits"] for rank in ranks], alone)

@@ -1,0 +1,166 @@
+import itertools
+import sys
+
+import pytest
+import torch
+from scipy.optimize import linprog
+from torch import nn
+
+from robust_app import crown
+from robust_app.attacks import falsified
+from robust_app.bounds import UnsupportedLayer, certified
+from robust_app.errors import UserError
+from robust_app.exact import Verdict, decide, decided
+from robust_app.layers import Residual
+
+
+def dense_network(seed):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)]
+    network = nn.Sequential(*layers).double()
+    for layer in network[::2]:
+        nn.init.normal_(layer.weight)
+    return network
+
+
+def least_margin(network, x, label, epsilon):
+    """The smallest z_y - z_j over the ball: a linear program for each pattern of activations."""
+    weights = [
+        (layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in network[::2]
+    ]
+    ball = list(
+        zip((x - epsilon).clamp(0, 1).tolist(), (x + epsilon).clamp(0, 1).tolist(), strict=True)
+    )
+    least = float("inf")
+    for pattern in itertools.product([0.0, 1.0], repeat=7):
+        first, second = torch.tensor(pattern[:4]).numpy(), torch.tensor(pattern[4:]).numpy()
+        (w1, b1), (w2, b2), (w3, b3) = weights
+        m2, c2 = w2 @ (first[:, None] * w1), w2 @ (first * b1) + b2
+        m3, c3 = w3 @ (second[:, None] * m2), w3 @ (second * c2) + b3
+        signs = [*(1 - 2 * first), *(1 - 2 * second)]  # -1 for z >= 0, 1 for z <= 0
+        sides = [s * row for s, row in zip(signs, [*w1, *m2], strict=True)]
+        limits = [-s * c for s, c in zip(signs, [*b1, *c2], strict=True)]
+        for j in {0, 1, 2} - {label}:
+            result = linprog(m3[label] - m3[j], A_ub=sides, b_ub=limits, bounds=ball)
+            if result.status == 0:
+                least = min(least, result.fun + c3[label] - c3[j])
+    return least
+
+
+def assert_counterexample(network, x, label, epsilon, found):
+    assert found.shape == x.shape
+    assert found.dtype == x.dtype
+    assert (found >= (x - epsilon).clamp(0, 1)).all()
+    assert (found <= (x + epsilon).clamp(0, 1)).all()
+    assert network(found.unsqueeze(0)).argmax(1).item() != label
+
+
+@pytest.mark.parametrize("excess", [0.02, -0.02])
+def test_the_answer_is_that_of_all_patterns_of_activations(excess):
+    """With the last bias so that the least margin is near 0, on a known side of it."""
+    beyond_bounds = 0
+    for seed in range(5):
+        network, epsilon = dense_network(seed), 0.3
+        x = torch.rand(3, dtype=torch.float64)
+        label = network(x.unsqueeze(0)).argmax(1)
+        least = least_margin(network, x, label.item(), epsilon)
+        network[-1].bias.data[label] += excess - least
+        decision = decide(network, x, label.item(), epsilon, time_limit=60.0)
+        if excess > 0:
+            assert decision == (Verdict.CERTIFIED, None)
+            beyond_bounds += not crown.alpha_crown(network, x[None], label, epsilon).item()
+        else:
+            assert decision.verdict is Verdict.FALSIFIED
+            assert_counterexample(network, x, label.item(), epsilon, decision.counterexample)
+    assert beyond_bounds >= 1 or excess < 0
+
+
+def open_network(slope):
+    """Margin 0.1 - slope ReLU(x1 + x2 - 1.5), and terms that cancel, which no bound here sees.
+
+    In the middle of [0, 1]² gradients are 0, which leaves attacks where they start.
+    """
+    network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    values = (
+        [[1.0, -1.0], [2.0, -2.0], [1.0, 1.0]],
+        [0.0, 0.0, -1.5],
+        [[1.0, -0.5, -slope], [0.0, 0.0, 0.0]],
+        [0.1, 0.0],
+    )
+    for parameter, value in zip(network.parameters(), values, strict=True):
+        parameter.data.copy_(torch.tensor(value))
+    return network
+
+
+MIDDLE = torch.tensor([0.5, 0.5])
+
+
+def test_what_bounds_and_attacks_leave_open():
+    harmless, harmful = open_network(slope=0.1), open_network(slope=1.0)
+    label = torch.tensor([0])
+    assert not crown.alpha_crown(harmless, MIDDLE[None], label, 0.5).item()
+    assert decide(harmless, MIDDLE, 0, 0.5, time_limit=60.0) == (Verdict.CERTIFIED, None)
+    decision = decide(harmful, MIDDLE, 0, 0.5, time_limit=60.0)
+    assert decision.verdict is Verdict.FALSIFIED
+    assert_counterexample(harmful, MIDDLE, 0, 0.5, decision.counterexample)
+
+
+def test_without_time_left_the_answer_is_open():
+    decision = decide(open_network(slope=0.1), MIDDLE, 0, 0.5, time_limit=0.0)
+    assert decision == (Verdict.UNDECIDED, None)
+
+
+def conv_network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, stride=2, padding=1),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Conv2d(3, 3, 2),
+        nn.ReLU(),
+        nn.AvgPool2d(2, 1),
+        nn.Flatten(),
+        nn.Linear(3, 3),
+    ).eval()
+
+
+def test_the_answer_lies_between_attack_and_bounds():
+    """Images in float32, and all kinds of layers; a count so that no group is empty."""
+    counts = torch.zeros(4, dtype=torch.int64)
+    for seed in range(6):
+        network, epsilon = conv_network(seed), 0.1
+        nn.init.normal_(network[-1].weight)
+        x = torch.rand(4, 1, 5, 5)
+        labels = network(x).argmax(1)
+        proved, broken = decided(network, x, labels, epsilon, time_limit=60.0)
+        generator = torch.Generator().manual_seed(0)
+        attacked = falsified(network, x, labels, epsilon, steps=20, restarts=2, generator=generator)
+        bounded = crown.alpha_crown(network, x, labels, epsilon)
+        assert (bounded <= proved).all()
+        assert not (attacked & proved).any()
+        assert not (proved & broken).any()
+        assert (proved | broken).all()
+        counts += torch.stack(
+            [g.sum() for g in (certified(network, x, labels, epsilon), bounded, proved, broken)]
+        )
+    assert 0 < counts[0] <= counts[1] <= counts[2]
+    assert counts[3] > 0
+
+
+def test_a_misclassified_image_is_its_own_counterexample():
+    x = torch.tensor([0.2, 0.6])
+    decision = decide(nn.Identity(), x, 0, 0.0, time_limit=1.0)
+    assert decision.verdict is Verdict.FALSIFIED
+    assert torch.equal(decision.counterexample, x)
+
+
+@pytest.mark.parametrize("layer", [Residual(nn.Identity()), nn.Sigmoid()])
+def test_layers_without_a_relaxation_are_refused(layer):
+    with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
+        decide(layer, torch.tensor([0.9, 0.2]), 0, 0.5, time_limit=1.0)
+
+
+def test_without_scipy_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(UserError, match=r"pip install 'mogd\[exact\]'"):
+        decide(open_network(slope=0.1), MIDDLE, 0, 0.5, time_limit=60.0)

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from robust_app.programming import Program
+
+
+def knapsack():
+    """Weights 3, 4, 5 up to 8, each at most once."""
+    program = Program()
+    taken = program.variables(torch.zeros(3), torch.ones(3), integer=True)
+    weights = torch.tensor([[3.0, 4.0, 5.0]])
+    program.constrain([(weights, taken)], torch.tensor([-torch.inf]), torch.tensor([8.0]))
+    return program, taken
+
+
+def test_a_solution_meets_limit_and_constraints():
+    program, taken = knapsack()
+    values = torch.tensor([-4.0, -5.0, -6.0])  # 3 + 5 are worth 10, the relaxation's best is 10.2
+    answer = program.minimum_below(taken, values, limit=-9.5, seconds=60.0)
+    assert answer.solution.tolist() == pytest.approx([1, 0, 1])
+    assert not answer.infeasible
+
+
+def test_beyond_the_best_integers_there_is_none():
+    program, taken = knapsack()
+    answer = program.minimum_below(taken, torch.tensor([-4.0, -5.0, -6.0]), -10.1, seconds=60.0)
+    assert answer.infeasible
+    assert answer.solution is None
+
+
+def test_diagonals_and_several_terms():
+    program = Program()
+    x = program.variables(torch.tensor([0.0, 0.0]), torch.tensor([4.0, 4.0]))
+    y = program.variables(torch.tensor([0.0, 0.0]), torch.tensor([9.0, 9.0]))
+    assert y.tolist() == [2, 3]
+    # y = 2 x + (x2, x1) + 1
+    swapped = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    ones = torch.ones(2)
+    program.constrain([(ones, y), (-2 * ones, x), (-swapped, x)], ones, ones)
+    program.constrain([(ones, x)], torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    answer = program.minimum_below(y[:1], torch.ones(1), limit=9.0, seconds=60.0)
+    assert answer.solution.tolist() == pytest.approx([1, 2, 5, 6])
+
+
+def test_without_time_nothing_is_known():
+    program, taken = knapsack()
+    assert program.minimum_below(taken, torch.ones(3), 1.0, seconds=0.0) == (False, None)
+
+
+def test_a_search_that_is_given_up_proves_nothing():
+    program, taken = knapsack()
+    assert not program.minimum_below(taken, -torch.ones(3), -1.5, seconds=1e-9).infeasible
