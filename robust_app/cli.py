@@ -18,8 +18,6 @@ from robust_app import (
     environment,
     methods,
     models,
-    paper,
-    plan,
     recipes,
     reporting,
     session,
@@ -30,7 +28,8 @@ from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError
 from robust_app.evaluation import Errors
-from robust_app.reproduce import Reproduction
+from robust_app.reproduction import paper, plan
+from robust_app.reproduction.reproduce import Reproduction
 from robust_app.run_directory import RunDirectory, next_free
 from robust_app.session import Examination
 from robust_app.training import Trainer

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mogd import UnbiasedMultiGradient
+from mogd import Threshold, UnbiasedMultiGradient
+from robust_app import data, models
+from robust_app.distributed import join
+from robust_app.fosc import Stationarity
+from robust_app.losses import Objective
+from robust_app.methods import JOINT, METHODS, Attack
+from robust_app.reporting import Silent
+from robust_app.schedules import Phase, Setting
+from robust_app.steps import Batch, Losses
+from robust_app.training import Trainer
+from tests.robust_app.runs import NEEDED, SHI, few_digits, full_strength
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +59,23 @@ def test_backward_and_step_do_not_wait():
         optimizer.backward(objectives(model, x))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+
+
+@pytest.mark.usefixtures("waiting_is_an_error")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_weighing_by_one_layer_does_not_wait():
+    model = network("cuda")
+    optimizer = UnbiasedMultiGradient(
+        model.parameters(),
+        torch.optim.Adam,
+        nonfinite="skip",
+        fused=True,
+        weigh_by=[model[0].weight],
+    )
+    batches = [examples(step).cuda() for step in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    for x in batches:
+        optimizer.step(lambda x=x: objectives(model, x))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -136,3 +163,82 @@ def test_captured_graph_trains_on():
         results.append([gramian, *(parameter.detach() for parameter in model.parameters())])
         assert optimizer.skipped == 1
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+# --- Steps of the application
+
+
+def step_of(device: str) -> tuple[nn.Sequential, Losses, Batch, Setting]:
+    """A step with everything in it: BatchNorm, an attack, CROWN bounds, regularisers."""
+    torch.manual_seed(0)
+    network = models.build("digits-cnn", (1, 8, 8), 10, batch_norm=True).to(device)
+    x, start = torch.rand(2, 16, 1, 8, 8)
+    parts = (x, torch.randint(10, (16,)), 2 * start - 1, torch.tensor(0.05))
+    batch = Batch.of_images(*(part.to(device) for part in parts))
+    now = Setting(
+        phase=Phase.MAIN,
+        epsilon=0.05,
+        fosc_threshold=0.01,
+        learning_rate=1e-3,
+        natural_weight=0.5,
+        crown_share=0.5,
+        box_regularizers=0.5,
+    )
+    attack = Attack(steps=1, step=1.25)
+    method = METHODS["advcrown-ibp"]
+    losses = Losses(Objective(network), network, method, attack, Stationarity())
+    return network, losses, batch, now
+
+
+@pytest.mark.parametrize("name", ["natural", "adversarial", "certified", "mixed"])
+def test_a_loss_and_its_gradient_are_the_cpus(name):
+    found = []
+    with join("cuda"):  # which asks for products of float32 in float32
+        for device in ("cpu", "cuda"):
+            network, losses, batch, now = step_of(device)
+            [loss] = losses.of([name], batch, now)
+            loss.backward()
+            gradients = [parameter.grad.flatten() for parameter in network.parameters()]
+            found.append((loss.detach().cpu(), torch.cat(gradients).cpu()))
+    (loss, gradient), (other, another) = found
+    torch.testing.assert_close(loss, other, rtol=1e-4, atol=1e-5)
+    assert (gradient - another).norm() < 1e-3 * gradient.norm()
+
+
+@pytest.mark.usefixtures("waiting_is_an_error")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_a_joint_step_does_not_wait():
+    network, losses, batch, now = step_of("cuda")
+    optimizer = UnbiasedMultiGradient(
+        network.parameters(),
+        torch.optim.Adam,
+        nonfinite="skip",
+        fused=True,
+        priority=Threshold(losses.stationarity, limit=0.01),
+    )
+    optimizer.step(lambda: losses.of(JOINT, batch, now))  # what is made once, is made
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(2):
+        optimizer.step(lambda: losses.of(JOINT, batch, now))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_there(method):
+    config = full_strength(method, **NEEDED.get(method, {}))
+    with join("cuda") as world:
+        trainer = Trainer(config, few_digits().to(world.device), world)
+        metrics = [trainer.train_epoch(Silent()) for _ in range(config.total_epochs)]
+    for loss in METHODS[method].losses:
+        assert metrics[5][f"{loss}_loss"] < metrics[0][f"{loss}_loss"]
+    assert all(parameter.is_cuda for parameter in trainer.network.parameters())
+
+
+def test_stages_after_batch_norm_train_there():
+    stages = {"stages": 2, "stage_epochs": 1}
+    config = full_strength("advibp", epochs=2, authors_weights=True, **SHI, **stages)
+    with join("cuda") as world:
+        digits = data.load("digits").to(world.device)
+        trainer = Trainer(config, digits, world)
+        metrics = [trainer.train_epoch(Silent()) for _ in range(4)]
+    assert [epoch["stage"] for epoch in metrics] == [0, 0, 1, 2]
+    assert metrics[-1]["verified_error"] <= 100

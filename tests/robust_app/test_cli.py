@@ -15,8 +15,12 @@ import pytest
 import torch
 
 import mogd
-from robust_app import checkpoint, cli
+from robust_app import checkpoint, cli, recipes
+from robust_app.evaluation import Contradiction
+from robust_app.methods import METHODS
+from robust_app.models import MODELS
 from robust_app.run_directory import RunDirectory
+from robust_app.verifiers import VERIFIERS, Verdict, Verifier
 
 QUICK = ("--epochs", "2", "--set", "batch_size=400", "--set", "pgd_steps=2")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -102,6 +106,41 @@ def test_evaluate_reports_counts_that_add_up(robust_app, finished_run):
     assert results[-1]["pgd_steps"] == 3
 
 
+def test_a_cascade_shows_who_decided_what(robust_app, finished_run):
+    cascade = ("--verifier", "ibp,crown-ibp", "--images", "40", "--time-limit", "5")
+    status, out, _ = robust_app("evaluate", finished_run, *cascade, "--epsilon", "0.02")
+    assert status == 0
+    assert "40 test images" in out
+    assert "verified by ibp, crown-ibp" in out
+    assert "decided by" in out
+    result = RunDirectory(finished_run).results()[-1]
+    assert result["certified"] + result["falsified"] + result["undecided"] == 40
+    assert (result["verifiers"], result["images"]) == (["ibp", "crown-ibp"], 40)
+    assert result["time_limit"] == 5
+    shares = result["shares"]
+    assert list(shares) == ["pgd", "ibp", "crown-ibp"]
+    assert shares["ibp"]["certified"] + shares["crown-ibp"]["certified"] == result["certified"]
+    left = 40 - shares["pgd"]["falsified"] - shares["ibp"]["certified"]
+    assert shares["crown-ibp"]["examples"] == left
+
+
+def test_one_verifier_needs_no_table_of_shares(robust_app, finished_run):
+    _, out, _ = robust_app("evaluate", finished_run, "--images", "40")
+    assert "decided by" not in out
+
+
+def test_an_unsound_bound_is_no_fault_of_the_user(robust_app, finished_run, monkeypatch):
+    def everything(network, x, labels, epsilon, seconds):
+        return Verdict(torch.ones(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=torch.bool))
+
+    monkeypatch.setitem(VERIFIERS, "ibp", Verifier("unsound", everything))
+    monkeypatch.setattr(sys, "argv", ["robust-app", "evaluate", str(finished_run)])
+    before = RunDirectory(finished_run).results()
+    with pytest.raises(Contradiction, match="not sound"):
+        cli.main()
+    assert RunDirectory(finished_run).results() == before
+
+
 def test_a_paused_run_resumes_to_the_bits_of_an_unbroken_one(robust_app, finished_run, tmp_path):
     _, out, _ = robust_app("train", *QUICK, "--run-dir", "again", "--stop-after", "1")
     assert "continue with: robust-app train --run-dir again --resume" in out
@@ -111,8 +150,51 @@ def test_a_paused_run_resumes_to_the_bits_of_an_unbroken_one(robust_app, finishe
     assert_same_network(finished_run, tmp_path / "again")
 
 
-def assert_same_network(one: Path, other: Path) -> None:
-    for name in ("checkpoint.pt", "best.pt", "last.pt"):
+STAGES = (
+    *("--set", "epochs=2", "--set", "natural_epochs=0", "--set", "adversarial_epochs=0"),
+    *("--set", "ramp_epochs=1", "--set", "stages=2", "--set", "stage_epochs=2"),
+    *("--set", "batch_size=400", "--set", "pgd_steps=2"),
+)
+
+
+def test_a_run_with_stages_pauses_and_resumes_anywhere(robust_app, tmp_path):
+    status, out, _ = robust_app("train", *STAGES, "--run-dir", "unbroken")
+    assert status == 0
+    for line in ("epoch 2/6  main", "epoch 3/6  stage 1", "epoch 6/6  stage 2"):
+        assert line in out
+    robust_app("train", *STAGES, "--run-dir", "paused", "--stop-after", "2")  # before stage 1
+    assert (tmp_path / "paused" / "stage-0.pt").exists()
+    robust_app("train", "--run-dir", "paused", "--resume", "--stop-after", "5")  # within stage 2
+    assert (tmp_path / "paused" / "stage-1.pt").exists()
+    assert not (tmp_path / "paused" / "stage-2.pt").exists()
+    assert not (tmp_path / "paused" / "results.json").exists()
+    assert robust_app("train", "--run-dir", "paused", "--resume")[0] == 0
+    stages = tuple(f"stage-{stage}.pt" for stage in range(3))
+    assert_same_network(tmp_path / "unbroken", tmp_path / "paused", stages)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_pauses_in_a_stage_and_resumes(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--standalone", "-m", "robust_app", "train"]
+
+    def call(*arguments: str) -> str:
+        command = [*torchrun, *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=ONE_THREAD, check=True, text=True, capture_output=True
+        )
+        return done.stdout
+
+    shi = ("--set", "batch_norm=true", "--set", "ibp_initialization=true")
+    call(*STAGES, *shi, "--run-dir", "unbroken")
+    call(*STAGES, *shi, "--run-dir", "paused", "--stop-after", "3")
+    out = call("--run-dir", "paused", "--resume")
+    assert out.count("epoch 4/6  stage 1") == 1  # one process speaks
+    assert_same_network(tmp_path / "unbroken", tmp_path / "paused")
+
+
+def assert_same_network(one: Path, other: Path, more: tuple[str, ...] = ()) -> None:
+    for name in ("checkpoint.pt", "best.pt", "last.pt", *more):
         first, second = (checkpoint.load(path / name)["network"] for path in (one, other))
         for key, value in first.items():
             assert torch.equal(value, second[key]), (name, key)
@@ -159,9 +241,16 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("recipes", ("digits", "mnist-dm-small", "cifar10-dm-large")),
-        ("models", ("dm-small", "Conv 16 4×4+2", "digits-cnn")),
-        ("methods", ("advibp", "weighted-sum")),
+        (
+            "recipes",
+            (
+                *("digits", "mnist[-MODEL][-EPSILON][-METHOD][-SCHEDULE]", "cifar10[-MODEL]"),
+                *("if left out", "dm-large", "0.3", "16-255", "advcrown-ibp", "authors", "short"),
+            ),
+        ),
+        ("models", ("Conv 16 4×4+2", "550,406", *MODELS)),
+        ("methods", tuple(METHODS)),
+        ("verifiers", tuple(VERIFIERS)),
         ("datasets", ("mnist", "npz:PATH")),
     ],
 )
@@ -170,6 +259,34 @@ def test_tables_show_what_there_is(robust_app, command, words):
     assert status == 0
     for word in words:
         assert word in out
+
+
+def test_the_table_of_recipes_shows_every_choice(robust_app):
+    _, out, _ = robust_app("recipes")
+    for family in recipes.families():
+        for kind in recipes.KINDS:
+            for choice in family.choices(kind):
+                assert choice in out
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist-dm-small-0.3-advibp-authors", "cifar10-pgd"])
+def test_a_printed_recipe_is_a_file_for_train(robust_app, tmp_path, name):
+    status, out, err = robust_app("recipes", name)
+    assert (status, err) == (0, "")
+    (tmp_path / "mine.toml").write_text(out, encoding="utf-8")
+    assert recipes.load(tmp_path / "mine.toml") == recipes.load(name)
+    assert recipes.description(tmp_path / "mine.toml") == recipes.description(name)
+
+
+def test_a_printed_recipe_trains(robust_app, tmp_path):
+    (tmp_path / "mine.toml").write_text(robust_app("recipes", "digits")[1], encoding="utf-8")
+    status, out, _ = robust_app("train", "--recipe", "mine.toml", *QUICK, "--stop-after", "1")
+    assert status == 0
+    assert "run directory: runs/mine-1" in out
+
+
+def test_printing_an_unknown_recipe_names_the_nearest(robust_app):
+    assert_refused(robust_app("recipes", "digit"), "'digit'", "'digits'")
 
 
 @pytest.mark.parametrize(
@@ -188,6 +305,13 @@ def test_tables_show_what_there_is(robust_app, command, words):
         (("--set", "method=advipb"), ("advipb", "advibp")),
         (("--set", "dataset=mnits"), ("mnits", "mnist")),
         (("--set", "batch_size=5000"), ("batch_size", "1293", "5000")),
+        (("--set", "stages=4"), ("stages", "at most 3", "4 layers", "found 4")),
+        (("--set", "method=latent-adversarial"), ("stages", "at least 1")),
+        (("--set", "method=diffai"), ("natural_weight", "diffai")),
+        (("--set", "method=ibp", "--set", "certified_ramp=true"), ("certified_ramp", "ibp")),
+        (("--set", "method=ibp", "--set", "authors_weights=true"), ("authors_weights", "ibp")),
+        (("--set", "natural_weight=0.5"), ("natural_weight", "two numbers", "0.5")),
+        (("--recipe", "mnist-ibp-authors"), ("mnist-ibp-authors", "nearest")),
         (("--recipe", "mnist-dm-small"), ("mnist", "--data-root")),
         (("--recipe", "mnist-dm-small", "--data-root", "nowhere"), ("nowhere", "--download")),
         (("--set", "dataset=npz:missing.npz"), ("missing.npz",)),
@@ -229,6 +353,40 @@ def test_nan_in_the_data_is_refused(robust_app, tmp_path):
     np.savez(tmp_path / "bad.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     assert_refused(robust_app("train", "--set", "dataset=npz:bad.npz"), "bad.npz", "x_train", "nan")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "words"),
+    [
+        ((10, 2, 2), (), ("held_out", "5000", "10")),
+        ((10, 2, 2), ("held_out=2",), ("batch_size", "8", "256")),
+        ((10, 2, 2), ("held_out=2", "batch_size=4"), ("2×2 pixels", "too small", "dm-small")),
+        ((10, 8, 8, 2), (), ("x_train", "(10, 8, 8, 2)")),
+    ],
+)
+def test_data_of_another_shape_than_the_recipes_are_refused(
+    robust_app, tmp_path, shape, settings, words
+):
+    x, y = np.zeros(shape, dtype=np.uint8), np.arange(10) % 2
+    np.savez(tmp_path / "tiny.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    outcome = robust_app(
+        "train", "--recipe", "mnist-dm-small", "--set", "dataset=npz:tiny.npz", *arguments
+    )
+    assert_refused(outcome, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_trains_on_images_of_another_shape_that_fit(robust_app, tmp_path):
+    random = np.random.default_rng(0)
+    x, y = random.integers(256, size=(24, 9, 7, 3), dtype=np.uint8), np.arange(24) % 3
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    recipe = ("--recipe", "mnist-short", "--epochs", "1", "--run-dir", "run")
+    values = ("dataset=npz:small.npz", "held_out=4", "batch_size=10", "pgd_steps=1")
+    arguments = [word for value in values for word in ("--set", value)]
+    status, out, err = robust_app("train", *recipe, *arguments)
+    assert (status, err) == (0, "")
+    assert "24 test images" in " ".join(out.split())  # the path may break the line
 
 
 def test_a_truncated_idx_file_is_refused(robust_app, tmp_path):
@@ -327,9 +485,17 @@ def test_the_model_of_another_run_is_refused(robust_app, finished_run):
 
 
 def test_evaluate_refuses_what_it_cannot_use(robust_app, finished_run):
+    before = RunDirectory(finished_run).results()
     assert_refused(robust_app("evaluate", "nowhere"), "nowhere", "no run here")
     assert_refused(robust_app("evaluate", finished_run, "--verifier", "ipb"), "ipb", "'ibp'")
     assert_refused(robust_app("evaluate", finished_run, "--epsilon", "-1"), "epsilon", "-1")
+    outcome = robust_app("evaluate", finished_run, "--verifier", "ibp,crwon")
+    assert_refused(outcome, "crwon", "'crown'")
+    outcome = robust_app("evaluate", finished_run, "--images", "361")
+    assert_refused(outcome, "images", "360", "361")
+    assert_refused(robust_app("evaluate", finished_run, "--images", "0"), "--images")
+    assert_refused(robust_app("evaluate", finished_run, "--time-limit", "-1"), "--time-limit")
+    assert RunDirectory(finished_run).results() == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -9,7 +9,7 @@ from robust_app import config as configs
 from robust_app import models, recipes
 from robust_app.config import Config
 from robust_app.errors import UserError
-from robust_app.paper import Row, Table
+from robust_app.reproduction.paper import Row, Table
 from robust_app.session import Examination
 
 
@@ -100,7 +100,7 @@ def tasks(table: Table, settings: Settings) -> list[Task]:
     The same row has the same tasks whichever other rows the table has, so that machines which do
     different rows agree.
 
-    >>> from robust_app import paper
+    >>> from robust_app.reproduction import paper
     >>> first = tasks(paper.find("table-4"), Settings(epochs_scale=0.1))[0]
     >>> first.run.name, first.run.config.epochs, first.examination.epsilon
     ('mnist-dm-small-crown-ibp-0.1-paper-x0.1-seed0', 20, 0.1)

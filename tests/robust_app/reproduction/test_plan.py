@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robust_app import paper, recipes
+from robust_app import recipes
 from robust_app.errors import UserError
-from robust_app.plan import Settings, by_run, parse_seeds, shared_radius, tasks
+from robust_app.reproduction import paper
+from robust_app.reproduction.plan import Settings, by_run, parse_seeds, shared_radius, tasks
 
 TABLES = st.sampled_from(paper.names()).map(paper.find)
 SETTINGS = st.builds(

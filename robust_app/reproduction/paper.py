@@ -169,5 +169,5 @@ def _row(entry: Mapping[str, Any]) -> Row:
 
 @cache
 def _parsed() -> dict[str, Any]:
-    file = resources.files("robust_app") / "paper.toml"
+    file = resources.files("robust_app.reproduction") / "paper.toml"
     return tomllib.loads(file.read_text(encoding="utf-8"))

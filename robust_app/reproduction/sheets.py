@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from robust_app.measurements import Measurement
-from robust_app.paper import QUANTITIES, Row, Table, shown
+from robust_app.reproduction.measurements import Measurement
+from robust_app.reproduction.paper import QUANTITIES, Row, Table, shown
 
 Measured = Mapping[Row, Sequence[Measurement]]
 

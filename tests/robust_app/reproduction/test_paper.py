@@ -2,8 +2,9 @@
 
 import pytest
 
-from robust_app import paper, recipes
+from robust_app import recipes
 from robust_app.errors import UserError
+from robust_app.reproduction import paper
 from robust_app.verifiers import VERIFIERS
 
 

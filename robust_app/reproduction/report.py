@@ -10,12 +10,12 @@ from typing import Any, Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from robust_app import figures, sheets
 from robust_app.checkpoint import replacing
 from robust_app.errors import UserError
-from robust_app.paper import Table
-from robust_app.plan import Settings
-from robust_app.sheets import Measured, Sheet
+from robust_app.reproduction import figures, sheets
+from robust_app.reproduction.paper import Table
+from robust_app.reproduction.plan import Settings
+from robust_app.reproduction.sheets import Measured, Sheet
 
 NAMES = {"data set", "method", "model", "error", "device", "directory", "recipe"}
 

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robust_app import environment, paper, report, sheets
+from robust_app import environment
 from robust_app.errors import UserError
-from robust_app.measurements import Measurement
-from robust_app.plan import Settings
+from robust_app.reproduction import paper, report, sheets
+from robust_app.reproduction.measurements import Measurement
+from robust_app.reproduction.plan import Settings
 
 ERRORS = st.floats(0, 100)
 

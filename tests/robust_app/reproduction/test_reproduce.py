@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from robust_app import cli, data, paper, plan, reporting, session
+from robust_app import cli, data, reporting, session
 from robust_app.distributed import World
-from robust_app.plan import Settings
+from robust_app.reproduction import paper, plan
+from robust_app.reproduction.plan import Settings
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 

@@ -7,27 +7,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from robust_app import (
-    checkpoint,
-    curves,
-    data,
-    environment,
-    measurements,
-    plan,
-    report,
-    reporting,
-    session,
-    sheets,
-)
+from robust_app import checkpoint, curves, data, environment, reporting, session
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError
-from robust_app.measurements import Measurement
-from robust_app.paper import Row, Table
-from robust_app.plan import Run, Settings, Task
+from robust_app.reproduction import measurements, plan, report, sheets
+from robust_app.reproduction.measurements import Measurement
+from robust_app.reproduction.paper import Row, Table
+from robust_app.reproduction.plan import Run, Settings, Task
+from robust_app.reproduction.sheets import Measured
 from robust_app.run_directory import RunDirectory
-from robust_app.sheets import Measured
 from robust_app.training import Trainer
 
 

@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from robust_app.checkpoint import replacing
-from robust_app.paper import Table, shown
-from robust_app.sheets import Measured, paired, reduction, stage_errors
+from robust_app.reproduction.paper import Table, shown
+from robust_app.reproduction.sheets import Measured, paired, reduction, stage_errors
 
 FORMATS = ("png", "svg")
 ACROSS = 4  # panels in a row

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_app.config import Config
-from robust_app.plan import Task
+from robust_app.reproduction.plan import Task
 from robust_app.run_directory import RunDirectory
 from robust_app.session import Examination, best_epoch
 
@@ -47,7 +47,7 @@ def read(out: Path, task: Task) -> Measurement:
 
     Args:
         out: the folder of all runs.
-        task: of :func:`robust_app.plan.tasks`.
+        task: of :func:`robust_app.reproduction.plan.tasks`.
 
     Raises:
         UserError: a file is damaged.
