@@ -8,26 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.table import Table
 
 from robust_app import config as configs
-from robust_app import (
-    curves,
-    data,
-    distributed,
-    environment,
-    methods,
-    models,
-    recipes,
-    reporting,
-    session,
-    verifiers,
-)
+from robust_app import data, distributed, listings, reporting, runner, verifiers
+from robust_app import recipes as recipe_book
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError
-from robust_app.evaluation import Errors
 from robust_app.reproduction import paper, plan
 from robust_app.reproduction.reproduce import Reproduction
 from robust_app.run_directory import RunDirectory, next_free
@@ -88,72 +77,41 @@ def train(
         directory.check_free()
     config = _requested(stored, recipe, settings or [], epochs, seed)
     if stored is not None and config != stored:
-        raise UserError(f"--resume: the run has {_differences(stored, config)}")
+        raise UserError(f"--resume: the run has {configs.differences(stored, config)}")
     until = min(stop_after or config.total_epochs, config.total_epochs)
     data_root = data_root or _last_data_root(directory)
     with distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)
         trainer = Trainer(config, dataset, world)
         if not world.leads:
-            session.run(trainer, directory, reporting.Silent(), until)
+            runner.train(
+                trainer, directory, reporting.console(), data_root=data_root, stop_after=until
+            )
             return
         with directory.locked():
-            if stored is None:
-                directory.start(config)
-            directory.add_environment(
-                environment.describe(world.device, world.size, config.seed, data_root)
-            )
-            _train_and_report(reporting.console(), trainer, directory, dataset, until)
+            _train_and_report(trainer, directory, dataset, data_root, until)
 
 
 def _train_and_report(
-    console: Console, trainer: Trainer, directory: RunDirectory, dataset: Dataset, until: int
+    trainer: Trainer,
+    directory: RunDirectory,
+    dataset: Dataset,
+    data_root: Path | None,
+    until: int,
 ) -> None:
-    """Train, draw the curves and, at the end of the run, evaluate."""
-    console.print(f"run directory: {directory.path}", soft_wrap=True)
+    """Train and, at the end of the run, evaluate."""
+    console = reporting.console()
     again = f"continue with: robust-app train --run-dir {shlex.quote(str(directory.path))} --resume"
     try:
-        with reporting.watcher(console, trainer.config.total_epochs) as watcher:
-            session.run(trainer, directory, watcher, until)
+        runner.train(trainer, directory, console, data_root=data_root, stop_after=until)
     except KeyboardInterrupt:
         console.print(f"interrupted; all whole epochs are kept, {again}", soft_wrap=True)
         raise typer.Exit(130) from None
-    curves.draw(directory.metrics(), directory.curves_file)
     if trainer.epochs_done < trainer.config.total_epochs:
         console.print(f"paused after epoch {trainer.epochs_done}; {again}", soft_wrap=True)
-    else:
-        how = Examination.of(trainer.config)
-        _report(console, directory, dataset, trainer.config.seed, how)
-
-
-def _report(
-    console: Console, directory: RunDirectory, dataset: Dataset, seed: int, how: Examination
-) -> None:
-    """Evaluate the run's networks on the test images; print and keep the errors."""
-    rows: dict[int, tuple[str, Errors]] = {}
-    images = how.images or len(dataset.x_test)
-    for which in ("best", "last"):
-        if which == "best" and not directory.best_file.exists():
-            continue
-        network, epoch = session.load_network(directory, dataset, which)
-        if epoch in rows:  # the best is the last
-            rows[epoch] = (f"best, last (epoch {epoch})", rows[epoch][1])
-            continue
-        name = f"{which} (epoch {epoch})"
-        with reporting.evaluating(console, name, images) as on_batch:
-            rows[epoch] = (name, session.measure(network, dataset, how, seed, on_batch))
-    title = (
-        f"{dataset.name}: {images} test images, ε = {how.epsilon:.4g}, "
-        f"verified by {', '.join(how.verifiers)}, PGD of {how.pgd_steps} steps"
-    )
-    console.print(reporting.errors_table(title, rows.values()))
-    if len(how.verifiers) > 1:
-        console.print(reporting.shares_table(rows.values()))
-    directory.add_results(
-        [
-            {"network": name, **dataclasses.asdict(how), **errors.as_dict()}
-            for name, errors in rows.values()
-        ]
+        return
+    runner.evaluate(
+        directory, dataset, console, Examination.of(trainer.config), trainer.config.seed
     )
 
 
@@ -202,73 +160,50 @@ def evaluate(
         dataset = _load(config, data_root, download, world)
         if world.leads:
             with directory.locked():
-                _report(reporting.console(), directory, dataset, config.seed, how)
+                runner.evaluate(directory, dataset, reporting.console(), how, config.seed)
 
 
-@app.command("recipes")
-def list_recipes(
+@app.command()
+def recipes(
     name: Annotated[
         str | None, typer.Argument(help="A recipe to print, as a file for `train --recipe`.")
     ] = None,
 ) -> None:
     """List the recipes that `train --recipe` takes, or print one."""
-    if name is not None:
-        print(
-            f'description = "{recipes.description(name)}"\n{recipes.load(name).to_toml()}', end=""
-        )
-        return
-    console, families = reporting.console(), recipes.families()
-    stems = [family.name for family in families]
-    alone = [known for known in recipes.names() if not known.startswith(tuple(stems))]
-    rows = [(known, recipes.description(known)) for known in alone]
-    pattern = "".join(f"[-{kind.upper()}]" for kind in recipes.KINDS)
-    rows += [(f"{family.name}{pattern}", f"{family.description}, as below") for family in families]
-    console.print(reporting.listing(("recipe", "what it trains"), rows), markup=False)
-    for family in families:
-        parts = [
-            (kind.upper(), ", ".join(family.choices(kind)), family.default(kind))
-            for kind in recipes.KINDS
-        ]
-        columns = (f"{family.name}-…", "one of", "if left out")
-        console.print(reporting.listing(columns, parts))
+    if name is None:
+        _show(listings.of_recipes())
+    else:
+        print(f'description = "{recipe_book.description(name)}"')
+        print(recipe_book.load(name).to_toml(), end="")
 
 
-@app.command("models")
-def list_models() -> None:
+@app.command()
+def models() -> None:
     """List the networks that a recipe's `model` names."""
-    rows = [
-        (
-            name,
-            str(architecture),
-            architecture.description,
-            f"{models.parameter_count(name, (1, 28, 28), classes=10):,}",
-        )
-        for name, architecture in models.MODELS.items()
-    ]
-    columns = ("model", "hidden layers", "what it is", "parameters, MNIST")
-    reporting.console().print(reporting.listing(columns, rows))
+    _show(listings.of_models())
 
 
-@app.command("methods")
-def list_methods() -> None:
+@app.command()
+def methods() -> None:
     """List the methods that a recipe's `method` names."""
-    rows = [(name, method.description) for name, method in methods.METHODS.items()]
-    reporting.console().print(reporting.listing(("method", "losses and weights"), rows))
+    _show(listings.of_methods())
 
 
 @app.command("verifiers")
 def list_verifiers() -> None:
     """List the verifiers that `evaluate --verifier` takes."""
-    rows = [(name, verifier.description) for name, verifier in verifiers.VERIFIERS.items()]
-    reporting.console().print(reporting.listing(("verifier", "what it proves with"), rows))
+    _show(listings.of_verifiers())
 
 
 @app.command()
 def datasets() -> None:
     """List the data sets that a recipe's `dataset` names."""
-    reporting.console().print(
-        reporting.listing(("data set", "what it holds"), data.DATASETS.items())
-    )
+    _show(listings.of_datasets())
+
+
+def _show(tables: list[Table]) -> None:
+    for table in tables:
+        reporting.console().print(table)
 
 
 @app.command()
@@ -341,10 +276,8 @@ def _requested(
     seed: int | None,
 ) -> Config:
     """The configuration that the options describe, on top of a stored one if no recipe is named."""
-    if recipe is None and stored is not None:
-        config = stored
-    else:
-        config = recipes.load(recipe or "digits")
+    config = stored if recipe is None else None
+    config = config or recipe_book.load(recipe or "digits")
     if epochs is not None:
         config = configs.with_epochs(config, epochs)
     if seed is not None:
@@ -355,15 +288,6 @@ def _requested(
         return config
     # The run must find its data again from another folder.
     return dataclasses.replace(config, dataset=f"{kind}:{Path(path).expanduser().resolve()}")
-
-
-def _differences(stored: Config, requested: Config) -> str:
-    """Every field in which two configurations differ, with both values."""
-    pairs = [
-        (field.name, getattr(stored, field.name), getattr(requested, field.name))
-        for field in dataclasses.fields(Config)
-    ]
-    return "; ".join(f"{name}: {old!r}, not {new!r}" for name, old, new in pairs if old != new)
 
 
 def main() -> None:

@@ -246,6 +246,21 @@ def _toml_value(text: str) -> object:
     return document["value"] if len(document) == 1 else text
 
 
+def differences(old: Config, new: Config) -> str:
+    """Every field in which two configurations differ, with both values; empty if none.
+
+    >>> from robust_app import recipes
+    >>> digits = recipes.load("digits")
+    >>> differences(digits, override(digits, ["seed=1", "epsilon=0.2"]))
+    'epsilon: 0.1, not 0.2; seed: 0, not 1'
+    """
+    pairs = [
+        (field.name, getattr(old, field.name), getattr(new, field.name))
+        for field in dataclasses.fields(Config)
+    ]
+    return "; ".join(f"{name}: {was!r}, not {now!r}" for name, was, now in pairs if was != now)
+
+
 def with_epochs(config: Config, epochs: int) -> Config:
     """The config with its whole schedule stretched or shrunk to a run of ``epochs`` epochs.
 

@@ -1,6 +1,7 @@
 """torchrun in, DistributedDataParallel out."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,12 +42,15 @@ class World:
         if self.size == 1:
             return objective
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            objective,
-            device_ids=devices,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # they are the same in all processes already
-        )
+        with warnings.catch_warnings():
+            # The newest torch would have broadcast_buffers by a name that older ones do not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                objective,
+                device_ids=devices,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # they are the same in all processes already
+            )
 
     def total(self, counts: Tensor) -> Tensor:
         """The sum over the processes."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from robust_app import checkpoint, curves, data, environment, reporting, session
-from robust_app.config import Config
+from robust_app import checkpoint, data, environment, reporting, runner, session
+from robust_app.config import Config, differences
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError
@@ -124,20 +124,13 @@ class Reproduction:
 
     def _train_locked(self, run: Run, directory: RunDirectory) -> None:
         trainer = Trainer(run.config, self._load(run.config.dataset), self.world)
-        epochs = run.config.total_epochs
-        if not self.world.leads:
-            session.run(trainer, directory, reporting.Silent(), epochs)
-            return
-        if not directory.config_file.exists():
-            directory.start(run.config)
-        made_with = environment.describe(
-            self.world.device, self.world.size, run.config.seed, self.data_root
+        runner.train(
+            trainer,
+            directory,
+            self.console,
+            data_root=self.data_root,
+            stop_after=run.config.total_epochs,
         )
-        directory.add_environment(made_with)
-        self.console.print(f"run directory: {directory.path}", markup=False, soft_wrap=True)
-        with reporting.watcher(self.console, epochs) as watcher:
-            session.run(trainer, directory, watcher, epochs)
-        curves.draw(directory.metrics(), directory.curves_file)
 
     def _examine(self, run: Run, tasks: list[Task]) -> None:
         """Evaluate a run's networks for each row that has no result yet; write the table."""
@@ -216,14 +209,8 @@ def check_config(directory: RunDirectory, config: Config) -> None:
     """
     if not directory.config_file.exists():
         return
-    stored = dataclasses.asdict(directory.config())
-    different = [
-        f"{name} {stored[name]!r}, not {value!r}"
-        for name, value in dataclasses.asdict(config).items()
-        if stored[name] != value
-    ]
+    different = differences(directory.config(), config)
     if different:
         raise UserError(
-            f"{directory.path}: holds another run ({'; '.join(different)}); "
-            "move it away or give another --out"
+            f"{directory.path}: holds another run ({different}); move it away or give another --out"
         )

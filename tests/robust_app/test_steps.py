@@ -148,6 +148,23 @@ def test_every_loss_of_every_method_reaches_every_parameter():
                 assert parameter.grad is not None, (name, loss_name)
 
 
+@pytest.mark.parametrize("name", ["natural", "adversarial", "certified", "mixed"])
+def test_no_loss_looks_at_a_value(name):
+    """On a GPU looking would wait for the device; tensors without values refuse it."""
+    network = small_network(batch_norm=True).to("meta")
+    x, start = torch.rand(2, 5, 1, 2, 2, device="meta")
+    labels = torch.zeros(5, dtype=torch.int64, device="meta")
+    batch = Batch.of_images(x, labels, start, torch.full((), EPSILON, device="meta"))
+    losses = losses_of(network, "advcrown-ibp")
+    loss = only(losses, name, batch, now(box_regularizers=0.5))
+    loss.backward()
+    assert loss.shape == ()
+    if name == "adversarial":
+        assert losses.stationarity(torch.zeros(2, device="meta")).shape == ()
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(loss)  # as a look would
+
+
 # --- Order and laziness
 
 

@@ -194,7 +194,7 @@ def test_a_directory_with_another_run_is_refused(reproduce, finished):
     file = RunDirectory(finished / RUN).config_file
     file.write_text(file.read_text().replace("seed = 0", "seed = 7"))
     outcome = reproduce("table-3", *ONE_ROW, *TINY, "--out", finished)
-    assert_refused(outcome, RUN, "holds another run (seed 7, not 0)", "--out")
+    assert_refused(outcome, RUN, "holds another run (seed: 7, not 0)", "--out")
 
 
 @pytest.mark.slow
