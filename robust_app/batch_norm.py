@@ -8,11 +8,12 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
+from mogd import parallel
 from mogd.parallel import world_size
 
 _NO_STATISTICS = (
@@ -209,17 +210,26 @@ def fold(network: nn.Sequential) -> nn.Sequential:
     return folded
 
 
+class _MeanOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, value: Tensor) -> Tensor:
+        return parallel.average(value)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return parallel.average(gradient)
+
+
 def mean_over_processes(value: Tensor) -> Tensor:
     """The mean over all processes, of one shape in each; itself where there is one.
 
     Differentiable: the gradient of a value is the mean of all processes' gradients, so that what
     ``DistributedDataParallel`` averages is the gradient of the processes' mean loss.
     """
-    processes = world_size()
-    if processes == 1:
+    if world_size() == 1:
         return value
-    total: Tensor = all_reduce(value)  # type: ignore[no-untyped-call]
-    return total / processes
+    mean: Tensor = _MeanOverProcesses.apply(value)
+    return mean
 
 
 def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

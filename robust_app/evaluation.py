@@ -1,7 +1,7 @@
 """Standard, attacked and verified errors of a network on a set of images."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from robust_app.bounds import certified
 from robust_app.verifiers import VERIFIERS
 
 CHUNK = 1000  # images at a time: what fits in memory on any machine
-PATIENT_CHUNK = 100  # with verifiers that take seconds for an image: so that progress shows
+PATIENT_CHUNK = 20  # with verifiers that take seconds for an image: so that progress shows
 
 
 @dataclass
@@ -99,8 +99,7 @@ def standard_and_certified(network: nn.Module, x: Tensor, labels: Tensor, epsilo
         epsilon: radius ≥ 0 in pixels of [0, 1].
     """
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
-    for images, classes in zip(torch.split(x, CHUNK), torch.split(labels, CHUNK), strict=True):
-        images = as_float(images)
+    for images, classes in _chunks(x, labels, CHUNK):
         counts[0] += (network(images).argmax(1) != classes).sum()
         counts[1] += certified(network, images, classes, epsilon).sum()
     return counts
@@ -143,13 +142,12 @@ def evaluate(
     network.eval()
     generator = torch.Generator(x.device).manual_seed(seed)
     shares = {name: Share() for name in ("pgd", *verifiers)}
-    misclassified = broken_count = attacked_count = certified_count = 0
-    chunk = CHUNK if tuple(verifiers) == ("ibp",) else PATIENT_CHUNK
-    for images, classes in zip(torch.split(x, chunk), torch.split(labels, chunk), strict=True):
-        images = as_float(images)
+    patient = tuple(verifiers) != ("ibp",)
+    misclassified = attacked = broken_count = certified_count = 0
+    for images, classes in _chunks(x, labels, CHUNK):
+        started = time.perf_counter()
         with torch.no_grad():
             wrong = network(images).argmax(1) != classes
-        started = time.perf_counter()
         broken = wrong | falsified(
             network,
             images,
@@ -159,31 +157,62 @@ def evaluate(
             restarts=pgd_restarts,
             generator=generator,
         )
-        attacked_count += int(broken.sum())
-        _count(shares["pgd"], torch.zeros_like(broken), broken, started)
-
-        proved = torch.zeros_like(broken)
-        asked = torch.ones_like(broken)
-        for name in verifiers:
-            started = time.perf_counter()
-            if asked.any():
-                verdict = VERIFIERS[name].decide(
-                    network, images[asked], classes[asked], epsilon, time_limit
-                )
-                _count(shares[name], *verdict, started)
-                proved[asked] = verdict.certified
-                broken[asked] = broken[asked] | verdict.falsified
-            if (broken & proved).any():
-                raise Contradiction(
-                    f"{int((broken & proved).sum())} images certified by {name} have "
-                    f"counterexamples within {epsilon}: a bound is not sound"
-                )
-            asked = ~(broken | proved)
         misclassified += int(wrong.sum())
+        attacked += int(broken.sum())
+        proved = torch.zeros_like(broken)
+        _count(shares["pgd"], proved, broken, started)
+        # The attack's random starts depend on the chunks, which must not depend on the verifiers.
+        step = PATIENT_CHUNK if patient else CHUNK
+        for start in range(0, len(images), step):
+            here = slice(start, start + step)
+            _verify(
+                network,
+                images[here],
+                classes[here],
+                epsilon,
+                broken[here],
+                proved[here],
+                shares,
+                time_limit,
+            )
+            on_batch(len(images[here]))
         broken_count += int(broken.sum())
         certified_count += int(proved.sum())
-        on_batch(len(images))
-    return Errors(len(x), misclassified, attacked_count, broken_count, certified_count, shares)
+    return Errors(len(x), misclassified, attacked, broken_count, certified_count, shares)
+
+
+def _verify(
+    network: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    broken: Tensor,
+    proved: Tensor,
+    shares: dict[str, Share],
+    time_limit: float,
+) -> None:
+    """Ask each verifier about the images that are left; note in place what it says."""
+    asked = torch.ones_like(broken)  # the first about all, as a check of the bounds
+    for name, share in shares.items():
+        if name == "pgd" or not asked.any():
+            continue
+        started = time.perf_counter()
+        verdict = VERIFIERS[name].decide(network, x[asked], labels[asked], epsilon, time_limit)
+        _count(share, *verdict, started)
+        proved[asked] = verdict.certified
+        broken[asked] |= verdict.falsified
+        if (broken & proved).any():
+            raise Contradiction(
+                f"{int((broken & proved).sum())} images certified by {name} have "
+                f"counterexamples within {epsilon}: a bound is not sound"
+            )
+        asked = ~(broken | proved)
+
+
+def _chunks(x: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images as floats and their labels, ``size`` at a time."""
+    parts = zip(torch.split(x, size), torch.split(labels, size), strict=True)
+    return ((as_float(images), classes) for images, classes in parts)
 
 
 def _count(share: Share, certified: Tensor, falsified: Tensor, started: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_app import bounds, crown, exact
-from robust_app.errors import unknown
+from robust_app.errors import UserError, unknown
 
 
 class Verdict(NamedTuple):
@@ -73,7 +73,7 @@ def parse(names: str) -> tuple[str, ...]:
     """The verifiers of a cascade, from their names with commas in between.
 
     Raises:
-        UserError: a name is unknown; names the nearest.
+        UserError: a name is unknown, or there twice.
 
     >>> parse("ibp,crown")
     ('ibp', 'crown')
@@ -82,4 +82,6 @@ def parse(names: str) -> tuple[str, ...]:
     for name in found:
         if name not in VERIFIERS:
             raise unknown("verifier", name, VERIFIERS)
+        if found.count(name) > 1:
+            raise UserError(f"--verifier: expected each name once, found {names}")
     return found

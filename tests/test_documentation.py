@@ -14,10 +14,10 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [
-    f"{package}.{module.name}"
+    module.name
     for package in ("mogd", "robust_app")
-    for module in pkgutil.iter_modules([str(ROOT / package)])
-    if module.name != "__main__"  # importing it would run the command line
+    for module in pkgutil.walk_packages([str(ROOT / package)], prefix=f"{package}.")
+    if not module.name.endswith("__main__")  # importing it would run the command line
 ]
 NOT_CODE = {"bash", "text", "toml"}  # fences that nobody executes
 

@@ -194,7 +194,7 @@ def test_micro_batches_are_weighed_by_the_named_parameters_too():
 
 
 def test_nothing_to_weigh_by_is_refused():
-    with pytest.raises(ValueError, match=r"^weigh_by must hold parameters of the optimizer, got none$"):
+    with pytest.raises(ValueError, match=r"^weigh_by must hold parameters .*, got none$"):
         UnbiasedMultiGradient(pair(), lr=0.1, weigh_by=[])
 
 

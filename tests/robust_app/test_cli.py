@@ -124,6 +124,17 @@ def test_a_cascade_shows_who_decided_what(robust_app, finished_run):
     assert shares["crown-ibp"]["examples"] == left
 
 
+def test_the_complete_verifier_stops_at_its_time_limit(robust_app, finished_run):
+    pytest.importorskip("scipy")
+    options = ("--verifier", "ibp,exact", "--images", "3", "--time-limit", "0")
+    status, out, _ = robust_app("evaluate", finished_run, *options, "--epsilon", "0.01")
+    assert status == 0
+    assert "verified by ibp, exact" in out
+    result = RunDirectory(finished_run).results()[-1]
+    assert (result["time_limit"], result["examples"]) == (0, 3)
+    assert result["certified"] + result["falsified"] + result["undecided"] == 3
+
+
 def test_one_verifier_needs_no_table_of_shares(robust_app, finished_run):
     _, out, _ = robust_app("evaluate", finished_run, "--images", "40")
     assert "decided by" not in out

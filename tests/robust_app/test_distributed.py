@@ -73,7 +73,7 @@ def _train_in_parallel(rank: int, size: int, folder: Path, kinds: list[str]) -> 
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=(folder / "port").read_text())
     torch.set_num_threads(1)
-    warnings.simplefilter("error")
+    warnings.simplefilter("error")  # as in the process of the tests
     with join("cpu") as world:
         assert world.agree_on(3)
         assert not world.agree_on(rank)

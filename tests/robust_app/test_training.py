@@ -178,6 +178,13 @@ def test_shi_et_als_training_starts_from_their_weights_and_saves_no_batch_norm(t
     assert not torch.equal(*(parameters_of(Trainer(c, few, ALONE)) for c in (config, plain)))
     trainer = trained(config, tmp_path, (6,), few)
     assert sum(isinstance(layer, BatchNorm) for layer in trainer.network) == 3
+    # Its statistics are those of all training images, by the last weights.
+    convolution, norm, *_ = trainer.network
+    with torch.no_grad():
+        of_all = convolution(trainer.x.float() / 255)
+    torch.testing.assert_close(norm.running_mean, of_all.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, of_all.var((0, 2, 3), correction=0))
+
     directory = RunDirectory(tmp_path)
     directory.config_file.write_text(config.to_toml())
     network, _ = load_network(directory, few, "last")
