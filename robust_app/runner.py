@@ -80,7 +80,7 @@ def evaluate(
         f"verified by {', '.join(how.verifiers)}, PGD of {how.pgd_steps} steps"
     )
     console.print(reporting.errors_table(title, rows.values()))
-    if len(how.verifiers) > 1:
+    if how.verifiers != ("ibp",):
         console.print(reporting.shares_table(rows.values()))
     directory.add_results(
         [
