@@ -1,13 +1,12 @@
-"""Interval bound propagation (paper, section 2): boxes through layers, margins, certificates.
+"""Interval bound propagation (paper, section 2): boxes through layers.
 
 A box is kept as centre and radius, so that an affine layer with weight W costs two products,
 one with W for the centre and one with |W| for the radius; only nonlinear layers ask for the
 lower and upper bounds. Bounds hold up to the rounding of floating-point arithmetic.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial, singledispatch
-from itertools import pairwise
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -52,102 +51,6 @@ def propagate(layer: nn.Module, interval: Interval) -> Interval:
     del interval
     raise _unsupported(layer, _HOW_TO_REGISTER)
 
-
-def margin_bounds(network: nn.Module, interval: Interval, labels: Tensor) -> Tensor:
-    """Lower bounds of the margins z_y - z_j over a box (paper, section 2).
-
-    A last linear layer is merged with the margins' specification, so that a margin is one
-    affine function of the last hidden box; this is never looser than bounding the logits first.
-    Differentiable with respect to the parameters.
-
-    Args:
-        network: from the box's shape to logits ``(batch, classes)``, all layers with a rule.
-        interval: boxes ``(batch, ...)``, as of :meth:`Interval.around`.
-        labels: the classes y, int64 ``(batch,)``.
-
-    Returns:
-        ``(batch, classes)``, m of the paper with 0 in column y.
-
-    Raises:
-        UnsupportedLayer: see :func:`propagate`.
-        ValueError: the logits are not of shape ``(batch, classes)`` or the labels not ``(batch,)``.
-
-    >>> box = Interval.around(torch.full((1, 2), 0.5), 0.25)
-    >>> margin_bounds(nn.Identity(), box, torch.tensor([0]))
-    tensor([[ 0.0000, -0.5000]])
-    """
-    *_, (last, hidden) = layer_inputs(network, interval)
-    return margins_after(last, hidden, labels)
-
-
-def layer_inputs(network: nn.Module, interval: Interval) -> Iterator[tuple[nn.Module, Interval]]:
-    """Each layer of the network, nested Sequentials unrolled, with the box at its input.
-
-    A box is computed when it is asked for: that after the last layer never is.
-
-    Raises:
-        UnsupportedLayer: see :func:`propagate`.
-
-    >>> box = Interval.around(torch.full((1, 2), 0.5), 0.25)
-    >>> [type(layer).__name__ for layer, _ in layer_inputs(nn.Sequential(nn.ReLU()), box)]
-    ['ReLU']
-    """
-    layers = flattened(network) or [nn.Identity()]
-    yield layers[0], interval
-    for before, layer in pairwise(layers):
-        interval = propagate(before, interval)
-        yield layer, interval
-
-
-def margins_after(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
-    """:func:`margin_bounds` of a network's last layer alone, from the box at its input."""
-    if is_plainly(last, nn.Linear):
-        logits, weight = last(hidden.center), last.weight
-    else:
-        hidden = propagate(last, hidden)
-        logits = hidden.center
-        weight = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            "expected logits of shape (batch, classes) and labels of shape (batch,),"
-            f" got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
-
-    classes = len(weight)
-    # The radii for all pairs (y, j) in one product: for few classes much cheaper than a
-    # weight matrix W_y - W_j for each example.
-    differences = (weight.unsqueeze(1) - weight).abs().flatten(0, 1)
-    radii = F.linear(hidden.radius, differences).view(-1, classes, classes)
-    radius = radii.gather(1, labels.view(-1, 1, 1).expand(-1, 1, classes)).squeeze(1)
-    margins: Tensor = logits.gather(1, labels.unsqueeze(1)) - logits - radius
-    return margins
-
-
-@torch.no_grad()
-def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Tensor) -> Tensor:
-    """Whether interval bounds prove that no perturbation within ε changes the class.
-
-    Args:
-        network: see :func:`margin_bounds`; in evaluation mode.
-        x: images in [0, 1], ``(batch, ...)``.
-        labels: the true classes, int64 ``(batch,)``.
-        epsilon: l_inf radius >= 0 in pixels of [0, 1].
-
-    Returns:
-        Booleans ``(batch,)``: all margins over the other classes are above 0.
-
-    Raises:
-        UnsupportedLayer, ValueError: see :func:`margin_bounds` and :meth:`Interval.around`.
-
-    >>> certified(nn.Identity(), torch.tensor([[0.8, 0.4]]), torch.tensor([0]), 0.1)
-    tensor([True])
-    """
-    margins = margin_bounds(network, Interval.around(x, epsilon), labels)
-    others = margins.scatter(1, labels.unsqueeze(1), torch.inf)
-    return (others > 0).all(1)
-
-
-# --- The rules -------------------------------------------------------------------------------
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 _Rule = Callable[[Any, Interval], Interval]

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from robust_app.bounds import layer_inputs, margins_after, propagate
+from robust_app.bounds import propagate
 from robust_app.interval import Interval
+from robust_app.margins import layer_inputs, margins_after
 from robust_app.pullback import LinearBound
 from robust_app.relaxation import Trace, is_relu, lower_bounds, select
 from robust_app.slopes import ascended, tightened
@@ -32,7 +33,7 @@ def crown_ibp_margins(network: nn.Module, interval: Interval, labels: Tensor) ->
 
     Interval bounds at the ReLUs, then one backward pass for all margins at once. Differentiable
     with respect to the parameters, through the interval bounds too. Neither these bounds nor
-    ``bounds.margin_bounds`` are the tighter ones for every network; the elementwise maximum of
+    ``margins.margin_bounds`` are the tighter ones for every network; the elementwise maximum of
     both is sound.
 
     Args:
@@ -61,7 +62,7 @@ def crown_margins(trace: Trace, labels: Tensor) -> Tensor:
 
     >>> network, box = nn.Sequential(nn.Identity()), Interval.around(torch.zeros(1, 2), 0.25)
     >>> trace, labels = tuple(layer_inputs(network, box)), torch.tensor([0])
-    >>> from robust_app.bounds import margins_after
+    >>> from robust_app.margins import margins_after
     >>> 0.5 * margins_after(*trace[-1], labels) + 0.5 * crown_margins(trace, labels)
     tensor([[ 0.0000, -0.2500]])
     """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robust_app.attacks import falsified
 from robust_app.batches import as_float
-from robust_app.bounds import certified
+from robust_app.margins import certified
 from robust_app.verifiers import VERIFIERS
 
 CHUNK = 1000  # images at a time: what fits in memory on any machine

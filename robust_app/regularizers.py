@@ -1,6 +1,6 @@
 """What keeps bounds tight and ReLUs balanced while ε grows (Shi et al. 2021, section 4.2).
 
-Both functions read the boxes of :func:`robust_app.bounds.layer_inputs`. Means are over all
+Both functions read the boxes of :func:`robust_app.margins.layer_inputs`. Means are over all
 entries of the batch, those of the other processes included. The source is "Fast Certified Robust
 Training with Short Warmup"; what it leaves open is said where it is decided.
 """

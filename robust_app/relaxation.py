@@ -16,7 +16,7 @@ from robust_app.interval import Interval
 from robust_app.pullback import LinearBound, inner_products, pull_back
 
 Trace = Sequence[tuple[nn.Module, Interval]]
-"""The layers of a plain chain, each with the box at its input: of ``bounds.layer_inputs``."""
+"""The layers of a plain chain, each with the box at its input: of ``margins.layer_inputs``."""
 
 
 def lower_bounds(

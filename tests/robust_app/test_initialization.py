@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_app.bounds import layer_inputs
 from robust_app.initialization import ibp_initialization
 from robust_app.interval import Interval
+from robust_app.margins import layer_inputs
 from robust_app.models import build
 
 

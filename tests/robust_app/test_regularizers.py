@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_app.bounds import layer_inputs
 from robust_app.interval import Interval
 from robust_app.layers import Normalize
+from robust_app.margins import layer_inputs
 from robust_app.models import build
 from robust_app.regularizers import regularization, relu_balance, tightness
 
