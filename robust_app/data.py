@@ -101,7 +101,7 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     Args:
         name: a key of :data:`DATASETS`, ``npz:`` followed by a path.
         data_root: folder that holds (or is to hold) the files of mnist, fashion-mnist and cifar10,
-            laid out as torchvision does.
+            laid out as torchvision does; or the same data as ``NAME.npz``, with arrays as above.
         download: fetch the files of those three where they are missing.
 
     Raises:
@@ -120,8 +120,11 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
         raise unknown("dataset", name, DATASETS)
     if data_root is None:
         raise UserError(f"dataset {name} needs --data-root, the folder its files lie in")
-    source = _TORCHVISION[name]
-    arrays = _read_torchvision(name, source, data_root, download)
+    source, packed = _TORCHVISION[name], data_root / f"{name}.npz"
+    if packed.is_file():
+        arrays = _read_npz(packed)
+    else:
+        arrays = _read_torchvision(name, source, data_root, download)
     return _assemble(name, arrays, source.mean, source.std)
 
 

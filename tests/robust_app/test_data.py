@@ -376,3 +376,17 @@ def test_split_depends_on_the_seed_alone():
 def test_split_leaves_something_to_train_on(held_out):
     with pytest.raises(UserError, match=rf"^held_out: expected 0 to 4 of 5 .*found {held_out}$"):
         split(numbered(5), held_out, seed=0)
+
+
+def test_a_known_data_set_may_lie_under_the_root_as_one_npz(tmp_path):
+    content = arrays(
+        x_train=np.full((4, 3, 32, 32), 7, dtype=np.uint8), x_test=np.zeros((2, 3, 32, 32))
+    )
+    np.savez(tmp_path / "cifar10.npz", **content)
+
+    dataset = load("cifar10", tmp_path)
+
+    assert dataset.name == "cifar10"
+    assert dataset.mean == (0.4914, 0.4822, 0.4465)  # normalised as the files of torchvision are
+    assert (dataset.x_train == 7).all()
+    assert "cifar10.npz" not in refused("mnist", tmp_path)
