@@ -122,12 +122,13 @@ def evaluate(
         float | None, typer.Option(help="Radius in pixels of [0, 1]; the run's by default.")
     ] = None,
     verifier: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME[,NAME…]",
-            help=f"Each decides what those before it left: {', '.join(verifiers.VERIFIERS)}.",
+            help=f"Each decides what those before it left: {', '.join(verifiers.VERIFIERS)}. "
+            "By default ibp, and crown-ibp where the training ends with its bounds.",
         ),
-    ] = "ibp",
+    ] = None,
     pgd_steps: Annotated[int | None, typer.Option(min=1, help="The run's by default.")] = None,
     pgd_restarts: Annotated[int | None, typer.Option(min=1, help="The run's by default.")] = None,
     images: Annotated[
@@ -151,10 +152,11 @@ def evaluate(
     given = {name: value for name, value in changes.items() if value is not None}
     how = dataclasses.replace(
         Examination.of(dataclasses.replace(config, **given)),
-        verifiers=verifiers.parse(verifier),
         time_limit=time_limit,
         images=images,
     )
+    if verifier is not None:
+        how = dataclasses.replace(how, verifiers=verifiers.parse(verifier))
     data_root = data_root or _last_data_root(directory)
     with distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)

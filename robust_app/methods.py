@@ -155,3 +155,9 @@ def check(config: Config) -> None:
 def losses_of(method: Method, phase: Phase) -> tuple[str, ...]:
     """The losses that a step of a phase trains on."""
     return method.losses if phase is Phase.MAIN else (phase.value,)
+
+
+def verifiers_of(config: Config) -> tuple[str, ...]:
+    """The cascade that a run's networks are meant for: what the end of training bounds with."""
+    by_relaxation = find(config.method).crown and config.crown_share[1] > 0
+    return ("ibp", "crown-ibp") if by_relaxation else ("ibp",)

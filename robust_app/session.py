@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_app import checkpoint
+from robust_app import checkpoint, methods
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.errors import UserError
@@ -135,7 +135,12 @@ class Examination:
     @classmethod
     def of(cls, config: Config) -> "Examination":
         """The one that a run's configuration asks for."""
-        return cls(config.evaluation_epsilon, config.pgd_steps, config.pgd_restarts)
+        return cls(
+            config.evaluation_epsilon,
+            config.pgd_steps,
+            config.pgd_restarts,
+            methods.verifiers_of(config),
+        )
 
 
 def measure(

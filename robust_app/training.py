@@ -268,6 +268,7 @@ class Trainer:
             self.world.share(self.held_out_x),
             self.world.share(self.held_out_labels),
             self.config.evaluation_epsilon,
+            methods.verifiers_of(self.config),
         )
         wrong, proved = self.world.total(counts).tolist()
         return {

@@ -149,3 +149,12 @@ def test_every_method_trains_another_network(tmp_path):
     for index, parameters in enumerate(found):
         for other in found[index + 1 :]:
             assert not torch.equal(parameters, other)
+
+
+def test_a_run_that_ends_with_crown_bounds_is_measured_with_them():
+    ibp = recipes.load("cifar10-dm-small-8-255-crown-ibp")
+    assert methods.verifiers_of(ibp) == ("ibp",)
+    both = recipes.load("cifar10-dm-small-2-255-crown-ibp")
+    assert both.crown_share == (1, 1)
+    assert methods.verifiers_of(both) == ("ibp", "crown-ibp")
+    assert methods.verifiers_of(recipes.load("cifar10-dm-small-2-255-advibp")) == ("ibp",)

@@ -229,14 +229,23 @@ def test_radii_trained_at_are_those_of_their_rows(data, epsilon, schedule):
 @pytest.mark.parametrize(
     ("data", "epochs", "natural", "ramp"), [("mnist", 200, 10, 50), ("cifar10", 3200, 320, 1600)]
 )
-@pytest.mark.parametrize(("method", "last"), [("ibp", 0.5), ("crown-ibp", 0.0)])
-def test_schedules_of_the_methods_compared_with(data, epochs, natural, ramp, method, last):
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
+def test_schedules_of_the_methods_compared_with(data, epochs, natural, ramp, method):
     config = recipes.load(f"{data}-{method}")
     assert (config.epochs, config.adversarial_epochs) == (epochs, 0)
     assert (config.natural_epochs, config.ramp_epochs) == (natural, ramp)
-    assert config.natural_weight == (1, last)
+    natural_weights = {"mnist": (1, 0), "cifar10": (0, 0)}
+    assert config.natural_weight == ((1, 0.5) if method == "ibp" else natural_weights[data])
     assert config.crown_share == (1, 0)
     assert config.learning_rate_factor == 0.1
+
+
+def test_crown_ibp_at_the_small_radii_has_schedules_of_its_own():
+    config = recipes.load("mnist-0.1-crown-ibp")
+    assert (config.epochs, config.natural_epochs, config.ramp_epochs) == (100, 3, 18)
+    assert (config.batch_size, config.learning_rate, config.milestones) == (100, 1e-3, (25, 42))
+    config = recipes.load("cifar10-2-255-crown-ibp")
+    assert (config.batch_size, config.crown_share) == (1024, (1, 1))
 
 
 # --- The other schedules
