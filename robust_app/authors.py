@@ -36,5 +36,5 @@ class AuthorsWeights(Rule):
         conflict = conflicting(gramian, norms)
         scaled = ~conflict & (norms[0] > 0)  # before any gradient there is no v₁ to scale by
         weights = torch.where(scaled, paper.weights * norms[0], paper.weights)
-        of_certified = torch.tensor([0.0, self.regularization]).to(gramian)
-        return Weighting(weights, conflict * of_certified)
+        certified = torch.arange(2, device=norms.device) == 1
+        return Weighting(weights, self.regularization * (conflict & certified).to(norms))

@@ -1,6 +1,7 @@
 """The command line: parse, make a Config, call."""
 
 import dataclasses
+import json
 import os
 import shlex
 import sys
@@ -175,7 +176,7 @@ def recipes(
     if name is None:
         _show(listings.of_recipes())
     else:
-        print(f'description = "{recipe_book.description(name)}"')
+        print(f"description = {json.dumps(recipe_book.description(name), ensure_ascii=False)}")
         print(recipe_book.load(name).to_toml(), end="")
 
 

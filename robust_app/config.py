@@ -165,11 +165,11 @@ class Config:
             if not rule.admits(value):
                 raise UserError(f"{name}: expected {rule.expectation}, found {value!r}")
             object.__setattr__(self, name, rule.convert(value))
-        warm_up = self.natural_epochs + self.adversarial_epochs
-        if warm_up > self.epochs * (1 + 1e-9):
+        needed = self.natural_epochs + self.adversarial_epochs + self.ramp_epochs
+        if needed > self.epochs * (1 + 1e-9):
             raise UserError(
-                f"epochs: expected at least the {warm_up:g} of the warm-up, found {self.epochs} "
-                "(train --epochs shortens the whole schedule)"
+                f"epochs: expected at least the {needed:g} of warm-up and ramp, "
+                f"found {self.epochs} (train --epochs shortens the whole schedule)"
             )
 
     @property

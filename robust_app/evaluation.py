@@ -24,7 +24,7 @@ class Share:
     Attributes:
         examples: number of images it was asked about.
         certified: images it proved.
-        falsified: images it found a wrong class for.
+        falsified: images it found a wrong class for, and none before it did.
         seconds: it took for all of them.
     """
 
@@ -213,7 +213,7 @@ def _verify(
             continue
         started = time.perf_counter()
         verdict = VERIFIERS[name].decide(network, x[asked], labels[asked], epsilon, time_limit)
-        _count(share, *verdict, started)
+        _count(share, verdict.certified, verdict.falsified & ~broken[asked], started)
         proved[asked] = verdict.certified
         broken[asked] |= verdict.falsified
         if (broken & proved).any():

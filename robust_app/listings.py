@@ -9,17 +9,14 @@ MNIST = (1, 28, 28)
 
 
 def of_recipes() -> list[Table]:
-    """The recipes, those of a family by the parts of their names."""
+    """The recipes by the parts of their names."""
     families = recipes.families()
-    stems = tuple(family.name for family in families)
-    alone = [name for name in recipes.names() if not name.startswith(stems)]
-    rows = [(name, recipes.description(name)) for name in alone]
     pattern = "".join(rf"\[-{kind.upper()}]" for kind in recipes.KINDS)
-    rows += [(f"{family.name}{pattern}", f"{family.description}, as below") for family in families]
+    rows = [(f"{family.name}{pattern}", family.description) for family in families]
     tables = [listing(("recipe", "what it trains"), rows)]
     for family in families:
         parts = [
-            (kind.upper(), ", ".join(family.choices(kind)), family.default(kind))
+            (kind.upper(), ", ".join(map(family.shown, family.choices(kind))), family.default(kind))
             for kind in recipes.KINDS
         ]
         tables.append(listing((f"{family.name}-…", "one of", "if left out"), parts))

@@ -19,8 +19,9 @@ def certified_loss(
     *,
     crown_share: float = 0.0,
     box_regularizers: float = 0.0,
+    weight: float = 1.0,
 ) -> Tensor:
-    """Cross entropy of the worst margins, an upper bound of the robust loss.
+    """Cross entropy of the worst margins, an upper bound of the robust loss, and regularisers.
 
     Args:
         network: layers that :func:`robust_app.bounds.propagate` knows.
@@ -28,6 +29,7 @@ def certified_loss(
         labels: true classes, int64 ``(batch,)``.
         crown_share: β in [0, 1] of m = (1 - β) m_IBP + β m_CROWN-IBP (Zhang et al.).
         box_regularizers: weight ≥ 0 of :func:`~robust_app.regularizers.regularization`.
+        weight: ≥ 0, of the cross entropy alone.
 
     Returns:
         0-dim tensor, mean over the batch.
@@ -41,7 +43,7 @@ def certified_loss(
     margins = margins_after(*inputs[-1], labels)
     if crown_share > 0:
         margins = torch.lerp(margins, crown_margins(inputs, labels), crown_share)
-    loss = F.cross_entropy(-margins, labels)
+    loss = weight * F.cross_entropy(-margins, labels)
     if box_regularizers > 0:
         loss = loss + box_regularizers * regularization(inputs)
     return loss

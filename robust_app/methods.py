@@ -141,6 +141,15 @@ def check(config: Config) -> None:
         UserError: if there is no such method or a field would be ignored where it matters.
     """
     method = find(config.method)
+    if config.adversarial_epochs > 0 and "adversarial" not in method.losses:
+        raise UserError(
+            f"adversarial_epochs: expected 0 for {config.method}, "
+            f"found {config.adversarial_epochs:g}"
+        )
+    if config.box_regularizers > 0 and method.losses in (("natural",), ("adversarial",)):
+        raise UserError(
+            f"box_regularizers: expected 0 for {config.method}, found {config.box_regularizers:g}"
+        )
     if config.method == "latent-adversarial" and config.stages == 0:
         raise UserError("stages: expected at least 1 for latent-adversarial, found 0")
     if config.method == "diffai" and len(set(config.natural_weight)) > 1:

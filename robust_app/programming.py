@@ -43,7 +43,7 @@ class Program:
             self._optimize: Any = import_module("scipy.optimize")
             self._sparse: Any = import_module("scipy.sparse")
         except ImportError as error:
-            raise UserError("exact verification needs SciPy: pip install 'mogd[exact]'") from error
+            raise UserError("the verifier exact needs SciPy: pip install scipy") from error
         self._lower: list[Tensor] = []
         self._upper: list[Tensor] = []
         self._integer: list[Tensor] = []

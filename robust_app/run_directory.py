@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 from robust_app.checkpoint import replacing
 from robust_app.config import Config
 from robust_app.errors import UserError
+
+METRICS = ("standard_error", "verified_error", "seconds")  # what is read of an epoch's metrics
 
 
 class RunDirectory:
@@ -95,7 +97,7 @@ class RunDirectory:
 
     def environments(self) -> list[dict[str, Any]]:
         """What each start of the run was made with, oldest first."""
-        return _read_list(self.environment_file, lines=False)
+        return _read_list(self.environment_file, ("device", "data_root"))
 
     def add_environment(self, environment: dict[str, Any]) -> None:
         """Append what this start of the run is made with to ``environment.json``."""
@@ -104,7 +106,7 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, Any]]:
         """One mapping an epoch, in order."""
-        return _read_list(self.metrics_file, lines=True)
+        return _read_list(self.metrics_file, ("epoch", *METRICS), lines=True)
 
     def write_metrics(self, metrics: list[dict[str, Any]]) -> None:
         """Replace the metrics of all epochs."""
@@ -112,7 +114,7 @@ class RunDirectory:
 
     def results(self) -> list[dict[str, Any]]:
         """Every evaluation of the run, oldest first."""
-        return _read_list(self.results_file, lines=False)
+        return _read_list(self.results_file, ("network",))
 
     def add_results(self, results: list[dict[str, Any]]) -> None:
         """Append evaluations to ``results.json``."""
@@ -132,8 +134,8 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _read_list(path: Path, lines: bool) -> list[dict[str, Any]]:
-    """The mappings of a JSON list, or of JSON lines; none if there is no file."""
+def _read_list(path: Path, keys: Iterable[str], lines: bool = False) -> list[dict[str, Any]]:
+    """The mappings, with these keys, of a JSON list or of JSON lines; none if there is no file."""
     try:
         text = path.read_text(encoding="utf-8")
         found = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
@@ -143,4 +145,7 @@ def _read_list(path: Path, lines: bool) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise UserError(f"{path}: cannot be read (expected mappings)")
+    missing = sorted({key for entry in found for key in keys if key not in entry})
+    if missing:
+        raise UserError(f"{path}: damaged (entries without {', '.join(missing)})")
     return found

@@ -63,6 +63,7 @@ def evaluate(
     Raises:
         UserError: a file is missing or damaged, or ``how`` does not fit the network or the data.
     """
+    directory.results()  # a damaged file is to be noticed before the work, not after it
     rows: dict[int, tuple[str, Errors]] = {}
     images = how.images or len(dataset.x_test)
     for which in ("best", "last"):

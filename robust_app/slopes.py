@@ -57,6 +57,8 @@ def ascended(trace: Trace, bound: LinearBound, images: Tensor) -> Tensor:
     """
     best = bound.constant.new_full(bound.constant.shape, -torch.inf)
     slopes = [adaptive_slopes(select(box, images)) for layer, box in trace if is_relu(layer)]
+    if not slopes:
+        return lower_bounds(trace, bound, images).detach()
     rows = torch.arange(len(best), device=best.device)
     for iteration in range(ITERATIONS):
         slopes = [slope.requires_grad_() for slope in slopes]

@@ -126,7 +126,7 @@ class Losses:
         return self.objective(loss)
 
     def mixed(self, batch: Batch, now: Setting) -> Tensor:
-        """κ natural + (1 - κ) certified (paper, equation 3)."""
+        """κ natural + (1 - κ) certified (paper, equation 3), and the regularisers as they are."""
         share = now.natural_weight
 
         def loss(network: nn.Module) -> Tensor:
@@ -134,8 +134,8 @@ class Losses:
                 total = torch.zeros((), device=batch.x.device)
                 if share > 0:
                     total = total + share * F.cross_entropy(logits(), batch.labels)
-                if share < 1:
-                    total = total + (1 - share) * self._certified(network, batch, now)
+                if share < 1 or now.box_regularizers > 0:
+                    total = total + self._certified(network, batch, now, 1 - share)
                 return total
 
         return self.objective(loss)
@@ -157,11 +157,14 @@ class Losses:
                 domain=batch.domain,
             )
 
-    def _certified(self, network: nn.Module, batch: Batch, now: Setting) -> Tensor:
+    def _certified(
+        self, network: nn.Module, batch: Batch, now: Setting, weight: float = 1.0
+    ) -> Tensor:
         return certified_loss(
             network,
             batch.box,
             batch.labels,
             crown_share=now.crown_share if self.method.crown else 0.0,
             box_regularizers=now.box_regularizers,
+            weight=weight,
         )

@@ -79,6 +79,8 @@ class Trainer:
                 f"batch_size: expected a multiple of the {world.size} processes, "
                 f"found {config.batch_size}"
             )
+        if config.batch_norm and config.batch_size < 2:
+            raise UserError("batch_size: expected at least 2 with batch_norm, found 1")
         self.config, self.world = config, world
         self.method = methods.find(config.method)
         parts = data.split(dataset, config.held_out, config.seed)
@@ -254,10 +256,15 @@ class Trainer:
         means.add(certified_first=record.conflict & (record.prioritized == 1))
 
     def _estimate_statistics(self) -> None:
-        """BatchNorm's statistics over the training images, for evaluation."""
-        share = self.world.share(self.x)
-        images = map(batches.as_float, torch.split(share, CHUNK))
-        batch_norm.estimate(self.network, images)
+        """BatchNorm's statistics over the training images, for evaluation.
+
+        As many as whole batches take, so that all processes have equal shares.
+        """
+        size = self.config.batch_size
+        whole = self.x[: len(self.x) // size * size]
+        chunks = torch.split(whole, size * max(1, CHUNK // size))
+        shares = (batches.as_float(self.world.share(chunk)) for chunk in chunks)
+        batch_norm.estimate(self.network, shares)
 
     def _measure(self) -> dict[str, Any]:
         """Errors on the held-out images in percent; None where none are held out."""

@@ -1,10 +1,10 @@
 """Recipes: a :class:`~robust_app.config.Config` by name.
 
-A file of this folder is either one recipe, with a key per field of the Config and a
-``description``, or a *family* of them: a table ``default`` names a choice for each of ``model``,
-``epsilon``, ``method`` and ``schedule``, a table per kind says what a choice changes, and a
-recipe's name strings choices together. ``mnist-dm-small-0.3-advibp-paper`` is the family
-``mnist`` with four choices made; those that are left out are the default's.
+A file of this folder is a *family* of recipes: a table ``default`` names a choice for each of
+``model``, ``epsilon``, ``method`` and ``schedule``, a table per kind says what a choice changes,
+and a recipe's name strings choices together. ``mnist-dm-small-0.3-advibp-paper`` is the family
+``mnist`` with four choices made; those that are left out are the default's. A file of the user's
+is one recipe, with a key per field of the Config and, if they like, a ``description``.
 """
 
 import itertools
@@ -12,7 +12,6 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +38,11 @@ class Family(NamedTuple):
         """What a name may say of one of the :data:`KINDS`."""
         models: list[str] = self.table["models"]
         return models if kind == "model" else list(self.table[kind])
+
+    def shown(self, choice: str) -> str:
+        """A choice as a listing has it: a schedule with the methods that it is for, if not all."""
+        methods = self.table["schedule"].get(choice, {}).get("methods")
+        return choice if methods is None else f"{choice} (with {', '.join(methods)})"
 
     def default(self, kind: str) -> str:
         """What a name that says nothing of it means."""
@@ -93,21 +97,26 @@ def description(name_or_path: str | Path) -> str:
 
 
 def names() -> list[str]:
-    """Every recipe of the package, those of a family in full."""
-    full = {
-        "-".join((family.name, *(choice[kind] for kind in KINDS)))
-        for family, choice in _composed().values()
-    }
-    return sorted([*full, *(stem for stem in _files() if not _is_family(_parsed(stem)))])
+    """Every recipe of the package, by its full name."""
+    return sorted(
+        {
+            "-".join((family.name, *(choice[kind] for kind in KINDS)))
+            for family, choice in _composed().values()
+        }
+    )
 
 
-def families() -> list[Family]:
+@cache
+def families() -> tuple[Family, ...]:
     """The families of the package."""
-    return [
-        Family(stem, table["description"], table)
-        for stem in _files()
-        if _is_family(table := _parsed(stem))
-    ]
+    files = sorted(resources.files("robust_app.recipes").iterdir(), key=lambda file: file.name)
+    found = []
+    for file in files:
+        stem, _, ending = file.name.rpartition(".")
+        if ending == "toml":
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+            found.append(Family(stem, table["description"], table))
+    return tuple(found)
 
 
 def _merged(table: Mapping[str, Any], choice: Mapping[str, str]) -> dict[str, Any]:
@@ -140,30 +149,10 @@ def _composed() -> dict[str, tuple[Family, dict[str, str]]]:
     return found
 
 
-def _is_family(table: Mapping[str, Any]) -> bool:
-    return "default" in table
-
-
-def _folder() -> Traversable:
-    return resources.files("robust_app") / "recipes"
-
-
-def _files() -> list[str]:
-    files = sorted(file.name for file in _folder().iterdir())
-    return [name.removesuffix(".toml") for name in files if name.endswith(".toml")]
-
-
-@cache
-def _parsed(stem: str) -> dict[str, Any]:
-    return tomllib.loads((_folder() / f"{stem}.toml").read_text(encoding="utf-8"))
-
-
 def _read(name: str) -> dict[str, Any]:
-    """The keys of a recipe that has a file of its own, in the package or the user's."""
+    """The keys of a recipe in a file of the user's."""
     if not name.endswith(".toml"):
-        if name not in _files():
-            raise unknown("recipe", name, [*_composed(), *names()])
-        return dict(_parsed(name))
+        raise unknown("recipe", name, _composed())
     try:
         return tomllib.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:

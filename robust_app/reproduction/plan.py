@@ -9,6 +9,7 @@ from robust_app import config as configs
 from robust_app import models, recipes
 from robust_app.config import Config
 from robust_app.errors import UserError
+from robust_app.reproduction import paper
 from robust_app.reproduction.paper import Row, Table
 from robust_app.session import Examination
 
@@ -34,7 +35,9 @@ class Settings:
     stages: int | None = None
 
     def __post_init__(self) -> None:
-        known = list(dict.fromkeys(c for f in recipes.families() for c in f.choices("schedule")))
+        datasets = {row.dataset for name in paper.names() for row in paper.find(name).rows}
+        families = [family for family in recipes.families() if family.name in datasets]
+        known = list(dict.fromkeys(c for f in families for c in f.choices("schedule")))
         if self.schedule not in known:
             raise UserError(f"unknown schedule {self.schedule!r}; there are {', '.join(known)}")
         if not 0 < self.epochs_scale <= 1000:
@@ -103,7 +106,7 @@ def tasks(table: Table, settings: Settings) -> list[Task]:
     >>> from robust_app.reproduction import paper
     >>> first = tasks(paper.find("table-4"), Settings(epochs_scale=0.1))[0]
     >>> first.run.name, first.run.config.epochs, first.examination.epsilon
-    ('mnist-dm-small-crown-ibp-0.1-paper-x0.1-seed0', 20, 0.1)
+    ('mnist-dm-small-crown-ibp-0.1-paper-x0.1-seed0', 10, 0.1)
     """
     return [task for row in table.rows for task in _tasks_of(table, row, settings)]
 
@@ -151,6 +154,11 @@ def _tasks_of(table: Table, row: Row, settings: Settings) -> list[Task]:
     by_stage = "stages" in table.networks
     if settings.stages is not None or by_stage:
         config = dataclasses.replace(config, stages=settings.stages or _all_stages(row.model))
+    if config.stages > _all_stages(row.model):
+        raise UserError(
+            f"--stages: expected at most {_all_stages(row.model)} for {row.model}, "
+            f"found {config.stages}"
+        )
     networks = table.networks
     if by_stage:
         networks = tuple(f"stage-{stage}" for stage in range(config.stages + 1))

@@ -76,7 +76,7 @@ def as_markdown(
     packages = ", ".join(f"{name} {version}" for name, version in made_with["packages"].items())
     facts = [
         f"command: `{shlex.join(['robust-app', *made_with['command'][1:]])}`",
-        f"commit {made_with['commit']}, {packages}, Python {made_with['python']}, "
+        f"commit {made_with['commit'] or 'unknown'}, {packages}, Python {made_with['python']}, "
         f"{made_with['device']}",
         f"schedule `{settings.schedule}`, epochs × {settings.epochs_scale:g}, "
         f"seeds {', '.join(map(str, settings.seeds)) or 'of the recipes'}; "

@@ -59,6 +59,9 @@ class Reproduction:
             UserError: the data are missing, a directory holds another run, or a run failed.
         """
         tasks = plan.by_run(plan.tasks(self.asked, self.settings))
+        if not tasks:
+            methods = ", ".join(dict.fromkeys(row.method for row in self.asked.rows))
+            raise UserError(f"--schedule: {self.settings.schedule} has no recipe for {methods}")
         for run in tasks:
             check_config(RunDirectory(self.out / run.name), run.config)
         waiting = {run: todo for run, todo in tasks.items() if not self._complete(todo)}

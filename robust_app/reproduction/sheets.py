@@ -18,7 +18,7 @@ STATISTICS: Mapping[str, Callable[[list[float]], float]] = {
     "median": statistics.median,
     "worst": max,
 }
-MISSING, UNFINISHED = "–", "in progress"
+MISSING, UNFINISHED, UNEVALUATED = "–", "in progress", "not evaluated"
 
 
 class Sheet(NamedTuple):
@@ -226,7 +226,9 @@ def cell(found: Sequence[Measurement], network: str, quantity: str) -> str:
     """An error as text: over several seeds the median and the range."""
     known = values(found, network, quantity)
     if not known:
-        return UNFINISHED if any(m.begun for m in found) else MISSING
+        if any(m.begun and m.epochs_done < m.epochs for m in found):
+            return UNFINISHED
+        return UNEVALUATED if any(m.begun for m in found) else MISSING
     text = percent(statistics.median(known))
     return text if len(known) == 1 else f"{text} ({min(known):.2f}–{max(known):.2f})"
 

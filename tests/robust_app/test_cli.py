@@ -318,9 +318,11 @@ def test_printing_an_unknown_recipe_names_the_nearest(robust_app):
         (("--set", "batch_size=5000"), ("batch_size", "1293", "5000")),
         (("--set", "stages=4"), ("stages", "at most 3", "4 layers", "found 4")),
         (("--set", "method=latent-adversarial"), ("stages", "at least 1")),
-        (("--set", "method=diffai"), ("natural_weight", "diffai")),
-        (("--set", "method=ibp", "--set", "certified_ramp=true"), ("certified_ramp", "ibp")),
-        (("--set", "method=ibp", "--set", "authors_weights=true"), ("authors_weights", "ibp")),
+        (("--set", "method=natural"), ("adversarial_epochs", "natural")),
+        (("--recipe", "digits-diffai", "--set", "natural_weight=[1, 0]"), ("natural_weight",)),
+        (("--recipe", "digits-ibp", "--set", "certified_ramp=true"), ("certified_ramp", "ibp")),
+        (("--recipe", "digits-ibp", "--set", "authors_weights=true"), ("authors_weights",)),
+        (("--set", "batch_norm=true", "--set", "batch_size=1"), ("batch_size", "at least 2")),
         (("--set", "natural_weight=0.5"), ("natural_weight", "two numbers", "0.5")),
         (("--recipe", "mnist-ibp-authors"), ("mnist-ibp-authors", "nearest")),
         (("--recipe", "mnist-dm-small"), ("mnist", "--data-root")),
@@ -450,12 +452,15 @@ def test_a_bare_call_shows_the_help_and_no_empty_error(robust_app):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "environment.json"])
-@pytest.mark.parametrize("damage", ["cut", "list"])
+@pytest.mark.parametrize("damage", ["cut", "[1, 2]", "[{}]"])
 def test_damaged_records_are_refused_and_kept(robust_app, finished_run, name, damage):
     whole = (finished_run / name).read_text()
-    text = whole[: len(whole) // 2] if damage == "cut" else "[1, 2]"
+    text = whole[: len(whole) // 2] if damage == "cut" else damage
+    if damage == "[{}]" and name == "metrics.jsonl":
+        text = "{}\n"
     (finished_run / name).write_text(text)
-    assert_refused(robust_app("train", "--run-dir", finished_run, "--resume"), name, "read")
+    word = "damaged" if "{}" in damage else "read"
+    assert_refused(robust_app("train", "--run-dir", finished_run, "--resume"), name, word)
     assert (finished_run / name).read_text() == text
 
 

@@ -33,9 +33,9 @@ configs = st.builds(
     learning_rate=above_zero,
     milestones=st.lists(durations, max_size=4),
     learning_rate_factor=st.floats(0, 1, exclude_min=True),
-    natural_epochs=st.floats(0, 0.5),  # together at most one epoch: the warm-up fits any run
-    adversarial_epochs=st.floats(0, 0.5),
-    ramp_epochs=durations,
+    natural_epochs=st.floats(0, 0.25),  # together at most one epoch: they fit into any run
+    adversarial_epochs=st.floats(0, 0.25),
+    ramp_epochs=st.floats(0, 0.5),
     certified_ramp=st.booleans(),
     fosc_maximum=durations,
     fosc_decay_epochs=durations,
@@ -356,6 +356,7 @@ def test_every_recipe_can_be_rescaled_and_again_to_the_same_length(epochs):
         assert with_epochs(config, epochs) == config
 
 
-def test_a_run_that_ends_in_its_warm_up_is_refused():
-    with pytest.raises(UserError, match=r"^epochs: expected at least the 50 of the warm-up, found"):
-        override(recipes.load("mnist-dm-small"), ["epochs=3"])
+@pytest.mark.parametrize("epochs", [3, 50, 99])
+def test_a_run_that_ends_before_epsilon_is_reached_is_refused(epochs):
+    with pytest.raises(UserError, match=r"^epochs: expected at least the 100 of warm-up and ramp,"):
+        override(recipes.load("mnist-dm-small"), [f"epochs={epochs}"])

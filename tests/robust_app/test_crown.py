@@ -306,3 +306,9 @@ def test_layers_that_only_intervals_know_are_refused(verifier, layer):
     x = torch.rand(1, 1, 1, 2)
     with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
         verifier(network, x, network(x).argmax(1), 0.0)
+
+
+@pytest.mark.parametrize("verifier", [crown.crown_ibp, crown.alpha_crown_ibp, crown.alpha_crown])
+def test_a_network_without_a_relu_is_verified_too(verifier):
+    x, labels = torch.tensor([[0.8, 0.4], [0.55, 0.45]]), torch.tensor([0, 0])
+    assert verifier(nn.Identity(), x, labels, 0.1).tolist() == [True, False]

@@ -84,7 +84,7 @@ def test_an_unknown_method_names_the_nearest():
             "stages: expected at least 1 for latent-adversarial, found 0",
         ),
         (
-            {"method": "diffai"},
+            {"method": "diffai", "adversarial_epochs": 0.0},
             "natural_weight: expected twice the same for diffai, found [1.0, 0.5]",
         ),
         (
@@ -92,8 +92,16 @@ def test_an_unknown_method_names_the_nearest():
             "authors_weights: expected false for weighted-sum, found true",
         ),
         (
-            {"method": "ibp", "certified_ramp": True},
+            {"method": "ibp", "adversarial_epochs": 0.0, "certified_ramp": True},
             "certified_ramp: expected false for ibp, found true",
+        ),
+        (
+            {"method": "natural"},
+            "adversarial_epochs: expected 0 for natural, found 3",
+        ),
+        (
+            {"method": "fgsm", "box_regularizers": 0.5},
+            "box_regularizers: expected 0 for fgsm, found 0.5",
         ),
     ],
 )

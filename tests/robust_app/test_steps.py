@@ -17,7 +17,9 @@ from robust_app.bounds import propagate
 from robust_app.fosc import Stationarity
 from robust_app.interval import Interval
 from robust_app.losses import Objective, certified_loss
+from robust_app.margins import layer_inputs
 from robust_app.methods import METHODS, Attack
+from robust_app.regularizers import regularization
 from robust_app.schedules import Phase, Setting
 from robust_app.steps import Batch, Losses
 
@@ -126,6 +128,17 @@ def test_the_mixed_loss_is_natural_and_certified_in_their_shares(share, method, 
     assert natural < certified
     found = only(losses_of(network, method), "mixed", batch, now(natural_weight=share))
     torch.testing.assert_close(found, share * natural + (1 - share) * certified)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.75, 1.0])
+def test_the_regularisers_keep_their_weight_whatever_the_shares(share):
+    network, batch = small_network(), small_batch()
+    without = only(losses_of(network, "ibp"), "mixed", batch, now(natural_weight=share))
+    regularised = now(natural_weight=share, box_regularizers=0.5)
+    found = only(losses_of(network, "ibp"), "mixed", batch, regularised)
+    regularizer = regularization(list(layer_inputs(network, batch.box)))
+    assert regularizer > 0.01
+    torch.testing.assert_close(found, without + 0.5 * regularizer)
 
 
 def test_a_share_of_nothing_is_not_computed():

@@ -39,7 +39,7 @@ def begun(tmp_path, task, metrics, results):
     directory = RunDirectory(tmp_path / task.run.name)
     directory.path.mkdir()
     directory.start(task.run.config)
-    directory.add_environment({"device": "cpu"})
+    directory.add_environment({"device": "cpu", "data_root": None})
     directory.write_metrics(metrics)
     directory.add_results(results)
 
