@@ -20,7 +20,13 @@ def save(content: dict[str, Any], path: Path) -> None:
         UserError: if the disk is full or may not be written.
     """
     with replacing(path) as partial, partial.open("wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # Interrupted, torch still tries to end its archive, and fails with an error of its own.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
 
 
 @contextmanager

@@ -98,3 +98,25 @@ def test_damage_anywhere_is_refused_or_leaves_a_checkpoint(tmp_path):
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         checkpoint.save(CONTENT, tmp_path / "missing" / "a.pt")
+
+
+def test_an_interruption_while_saving_stays_one_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path, content = tmp_path / "state.pt", {"format": "robust-app 1", "x": torch.zeros(100_000)}
+    checkpoint.save(content, path)
+    before = path.read_bytes()
+
+    class Interrupted:
+        def __init__(self, file):
+            self.file, self.writes = file, 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 5:
+                raise KeyboardInterrupt
+            return self.file.write(data)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda what, file: save(what, Interrupted(file)))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(content, path)
+    assert path.read_bytes() == before
