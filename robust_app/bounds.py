@@ -7,23 +7,16 @@ lower and upper bounds. Bounds hold up to the rounding of floating-point arithme
 
 from collections.abc import Callable, Iterable
 from functools import partial, singledispatch
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robust_app.batch_norm import BatchNorm
-from robust_app.errors import UserError
 from robust_app.interval import Interval
+from robust_app.layer_rules import IN_TRAINING, Rules, is_plainly
 from robust_app.layers import Normalize, Residual
-
-_HOW_TO_REGISTER = "register a rule for it with @robust_app.bounds.propagate.register"
-_IN_TRAINING = "it is in training mode; call .eval() on it first"
-
-
-class UnsupportedLayer(UserError, TypeError):
-    """A layer, or a mode of it, for which :func:`propagate` has no sound rule."""
 
 
 @singledispatch
@@ -49,38 +42,10 @@ def propagate(layer: nn.Module, interval: Interval) -> Interval:
             (training mode, a decreasing activation) in which its rule would not be sound.
     """
     del interval
-    raise _unsupported(layer, _HOW_TO_REGISTER)
+    raise _RULES.unsupported(layer)
 
 
-_Layer = TypeVar("_Layer", bound=nn.Module)
-_Rule = Callable[[Any, Interval], Interval]
-
-
-def _unsupported(layer: nn.Module, why: str) -> UnsupportedLayer:
-    return UnsupportedLayer(f"no bounds for the layer {type(layer).__name__}: {why}")
-
-
-def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
-    """Whether ``layer`` computes what ``kind`` computes: no subclass with another forward."""
-    return isinstance(layer, kind) and type(layer).forward is kind.forward
-
-
-def _rule(*kinds: type[nn.Module]) -> Callable[[_Rule], _Rule]:
-    """Register a rule for layers that are plainly of one of these kinds."""
-
-    def register(rule: _Rule) -> _Rule:
-        for kind in kinds:
-            propagate.register(kind, partial(_apply, rule, kind))
-        return rule
-
-    return register
-
-
-def _apply(rule: _Rule, kind: type[nn.Module], layer: nn.Module, interval: Interval) -> Interval:
-    # Dispatch finds the rules of base classes too, which say nothing about another forward.
-    if not is_plainly(layer, kind):
-        raise _unsupported(layer, f"it overrides {kind.__name__}.forward; {_HOW_TO_REGISTER}")
-    return rule(layer, interval)
+_RULES = Rules(propagate, "bounds")
 
 
 def flattened(network: nn.Module) -> list[nn.Module]:
@@ -90,26 +55,26 @@ def flattened(network: nn.Module) -> list[nn.Module]:
     return [layer for child in network for layer in flattened(child)]
 
 
-@_rule(nn.Sequential)
+@_RULES.of(nn.Sequential)
 def _through(layers: Iterable[nn.Module], interval: Interval) -> Interval:
     for layer in layers:
         interval = propagate(layer, interval)
     return interval
 
 
-@_rule(Residual)
+@_RULES.of(Residual)
 def _residual(layer: Residual, interval: Interval) -> Interval:
     body = propagate(layer.body, interval)
     shortcut = propagate(layer.shortcut, interval)
     return Interval(body.center + shortcut.center, body.radius + shortcut.radius)
 
 
-@_rule(nn.Linear)
+@_RULES.of(nn.Linear)
 def _linear(layer: nn.Linear, interval: Interval) -> Interval:
     return Interval(layer(interval.center), F.linear(interval.radius, layer.weight.abs()))
 
 
-@_rule(nn.Conv2d)
+@_RULES.of(nn.Conv2d)
 def _conv2d(layer: nn.Conv2d, interval: Interval) -> Interval:
     center = layer(interval.center)
     # The layer's own method pads the radius as forward pads x. Copies of a pixel then count as
@@ -118,25 +83,25 @@ def _conv2d(layer: nn.Conv2d, interval: Interval) -> Interval:
     return Interval(center, radius)
 
 
-@_rule(Normalize)
+@_RULES.of(Normalize)
 def _normalize(layer: Normalize, interval: Interval) -> Interval:
     return Interval(layer(interval.center), interval.radius / layer.std)
 
 
-@_rule(BatchNorm)
+@_RULES.of(BatchNorm)
 def _clean_batch_norm(layer: BatchNorm, interval: Interval) -> Interval:
     if not layer.has_statistics:
-        raise _unsupported(layer, "it has no statistics; enter batch_norm.clean_statistics")
+        raise _RULES.unsupported(layer, "it has no statistics; enter batch_norm.clean_statistics")
     scale, _ = layer.scale_and_shift()
     return Interval(layer(interval.center), interval.radius * _per_channel(scale.abs(), interval))
 
 
-@_rule(nn.BatchNorm1d, nn.BatchNorm2d)
+@_RULES.of(nn.BatchNorm1d, nn.BatchNorm2d)
 def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, interval: Interval) -> Interval:
     if layer.training:
-        raise _unsupported(layer, _IN_TRAINING)
+        raise _RULES.unsupported(layer, IN_TRAINING)
     if layer.running_var is None:
-        raise _unsupported(layer, "it has no running statistics")
+        raise _RULES.unsupported(layer, "it has no running statistics")
     scale = torch.rsqrt(layer.running_var + layer.eps)
     if layer.affine:
         scale = scale * layer.weight.abs()
@@ -147,20 +112,20 @@ def _per_channel(values: Tensor, interval: Interval) -> Tensor:
     return values.view(-1, *[1] * (interval.radius.ndim - 2))
 
 
-@_rule(nn.Identity, nn.Flatten, nn.Unflatten, nn.AdaptiveAvgPool2d)
+@_RULES.of(nn.Identity, nn.Flatten, nn.Unflatten, nn.AdaptiveAvgPool2d)
 def _averaging(layer: nn.Module, interval: Interval) -> Interval:
     """A layer whose outputs are averages of inputs, of a single one perhaps."""
     return Interval(layer(interval.center), layer(interval.radius))
 
 
-@_rule(nn.AvgPool2d)
+@_RULES.of(nn.AvgPool2d)
 def _avg_pool2d(layer: nn.AvgPool2d, interval: Interval) -> Interval:
     if layer.divisor_override is not None and layer.divisor_override < 0:
-        raise _unsupported(layer, "its divisor_override is below 0")
+        raise _RULES.unsupported(layer, "its divisor_override is below 0")
     return _averaging(layer, interval)
 
 
-@_rule(
+@_RULES.of(
     nn.Dropout,
     nn.Dropout1d,
     nn.Dropout2d,
@@ -170,11 +135,11 @@ def _avg_pool2d(layer: nn.AvgPool2d, interval: Interval) -> Interval:
 )
 def _dropout(layer: nn.Module, interval: Interval) -> Interval:
     if layer.training:
-        raise _unsupported(layer, _IN_TRAINING)
+        raise _RULES.unsupported(layer, IN_TRAINING)
     return interval
 
 
-@_rule(
+@_RULES.of(
     nn.CELU,
     nn.Hardshrink,
     nn.Hardsigmoid,
@@ -193,10 +158,10 @@ def _non_decreasing(layer: nn.Module, interval: Interval) -> Interval:
     return Interval.between(layer(interval.lower), layer(interval.upper))
 
 
-@_rule(nn.MaxPool2d, nn.AdaptiveMaxPool2d)
+@_RULES.of(nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 def _max_pool2d(layer: nn.MaxPool2d | nn.AdaptiveMaxPool2d, interval: Interval) -> Interval:
     if layer.return_indices:
-        raise _unsupported(layer, "it returns indices beside its values")
+        raise _RULES.unsupported(layer, "it returns indices beside its values")
     return _non_decreasing(layer, interval)
 
 
@@ -215,9 +180,9 @@ def _non_decreasing_if(
     condition: Callable[[Any], bool], layer: nn.Module, interval: Interval
 ) -> Interval:
     if not condition(layer):
-        raise _unsupported(layer, f"{layer} decreases somewhere")
+        raise _RULES.unsupported(layer, f"{layer} decreases somewhere")
     return _non_decreasing(layer, interval)
 
 
 for _kind, _condition in _NON_DECREASING_IF.items():
-    _rule(_kind)(partial(_non_decreasing_if, _condition))
+    _RULES.of(_kind)(partial(_non_decreasing_if, _condition))

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robust_app.bounds import flattened, is_plainly, propagate
+from robust_app.bounds import flattened, propagate
 from robust_app.interval import Interval
+from robust_app.layer_rules import is_plainly
 
 
 def margin_bounds(network: nn.Module, interval: Interval, labels: Tensor) -> Tensor:

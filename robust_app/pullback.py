@@ -1,16 +1,14 @@
 """Linear functions of an affine layer's outputs as functions of its inputs: transposed layers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, singledispatch
-from typing import Any
+from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robust_app.batch_norm import BatchNorm
-from robust_app.bounds import UnsupportedLayer, is_plainly
+from robust_app.layer_rules import IN_TRAINING, Rules
 from robust_app.layers import Normalize
 
 
@@ -42,7 +40,7 @@ def pull_back(layer: nn.Module, bound: LinearBound, shape: torch.Size) -> Linear
         UnsupportedLayer: there is no rule for this type of layer, or it is in training mode.
     """
     del bound, shape
-    raise _unsupported(layer, "linear relaxation takes chains of affine layers and ReLU")
+    raise _RULES.unsupported(layer, "linear relaxation takes chains of affine layers and ReLU")
 
 
 def pull_back_affine(layer: nn.Module, bound: LinearBound, shape: torch.Size) -> LinearBound:
@@ -73,37 +71,12 @@ def inner_products(coefficients: Tensor, values: Tensor) -> Tensor:
 
 # --- The rules -------------------------------------------------------------------------------
 
-_IN_TRAINING = "it is in training mode; call .eval() on it first"
-_Rule = Callable[[Any, LinearBound, torch.Size], LinearBound]
+_RULES = Rules(pull_back, "linear bounds")
+
+_RULES.of(nn.AvgPool2d, nn.AdaptiveAvgPool2d)(pull_back_affine)
 
 
-def _unsupported(layer: nn.Module, why: str) -> UnsupportedLayer:
-    return UnsupportedLayer(f"no linear bounds for the layer {type(layer).__name__}: {why}")
-
-
-def _rule(*kinds: type[nn.Module]) -> Callable[[_Rule], _Rule]:
-    """Register a rule for layers that are plainly of one of these kinds."""
-
-    def register(rule: _Rule) -> _Rule:
-        for kind in kinds:
-            pull_back.register(kind, partial(_apply, rule, kind))
-        return rule
-
-    return register
-
-
-def _apply(
-    rule: _Rule, kind: type[nn.Module], layer: nn.Module, bound: LinearBound, shape: torch.Size
-) -> LinearBound:
-    if not is_plainly(layer, kind):
-        raise _unsupported(layer, f"it overrides {kind.__name__}.forward")
-    return rule(layer, bound, shape)
-
-
-_rule(nn.AvgPool2d, nn.AdaptiveAvgPool2d)(pull_back_affine)
-
-
-@_rule(nn.Linear)
+@_RULES.of(nn.Linear)
 def _linear(layer: nn.Linear, bound: LinearBound, shape: torch.Size) -> LinearBound:
     del shape
     constant = bound.constant
@@ -112,7 +85,7 @@ def _linear(layer: nn.Linear, bound: LinearBound, shape: torch.Size) -> LinearBo
     return LinearBound(bound.coefficients @ layer.weight, constant)
 
 
-@_rule(nn.Conv2d)
+@_RULES.of(nn.Conv2d)
 def _conv2d(layer: nn.Conv2d, bound: LinearBound, shape: torch.Size) -> LinearBound:
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return pull_back_affine(layer, bound, shape)
@@ -143,43 +116,43 @@ def _conv2d(layer: nn.Conv2d, bound: LinearBound, shape: torch.Size) -> LinearBo
     return LinearBound(pulled.view(*bound.constant.shape, *shape), constant)
 
 
-@_rule(nn.Identity, nn.Flatten, nn.Unflatten)
+@_RULES.of(nn.Identity, nn.Flatten, nn.Unflatten)
 def _reshape(layer: nn.Module, bound: LinearBound, shape: torch.Size) -> LinearBound:
     del layer
     return LinearBound(bound.coefficients.reshape(*bound.constant.shape, *shape), bound.constant)
 
 
-@_rule(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+@_RULES.of(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 def _dropout(layer: nn.Module, bound: LinearBound, shape: torch.Size) -> LinearBound:
     del shape
     if layer.training:
-        raise _unsupported(layer, _IN_TRAINING)
+        raise _RULES.unsupported(layer, IN_TRAINING)
     return bound
 
 
-@_rule(Normalize)
+@_RULES.of(Normalize)
 def _normalize(layer: Normalize, bound: LinearBound, shape: torch.Size) -> LinearBound:
     del shape
     scale = 1 / layer.std.flatten()
     return _per_channel(bound, scale, -layer.mean.flatten() * scale)
 
 
-@_rule(BatchNorm)
+@_RULES.of(BatchNorm)
 def _clean_batch_norm(layer: BatchNorm, bound: LinearBound, shape: torch.Size) -> LinearBound:
     del shape
     if not layer.has_statistics:
-        raise _unsupported(layer, "it has no statistics; enter batch_norm.clean_statistics")
+        raise _RULES.unsupported(layer, "it has no statistics; enter batch_norm.clean_statistics")
     return _per_channel(bound, *layer.scale_and_shift())
 
 
-@_rule(nn.BatchNorm1d, nn.BatchNorm2d)
+@_RULES.of(nn.BatchNorm1d, nn.BatchNorm2d)
 def _batch_norm(
     layer: nn.BatchNorm1d | nn.BatchNorm2d, bound: LinearBound, shape: torch.Size
 ) -> LinearBound:
     if layer.training:
-        raise _unsupported(layer, _IN_TRAINING)
+        raise _RULES.unsupported(layer, IN_TRAINING)
     if layer.running_var is None:
-        raise _unsupported(layer, "it has no running statistics")
+        raise _RULES.unsupported(layer, "it has no running statistics")
     return pull_back_affine(layer, bound, shape)
 
 

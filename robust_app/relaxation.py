@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from robust_app.bounds import is_plainly
 from robust_app.interval import Interval
+from robust_app.layer_rules import is_plainly
 from robust_app.pullback import LinearBound, inner_products, pull_back
 
 Trace = Sequence[tuple[nn.Module, Interval]]

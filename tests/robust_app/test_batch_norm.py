@@ -19,8 +19,9 @@ from robust_app.batch_norm import (
     fold,
     mean_over_processes,
 )
-from robust_app.bounds import UnsupportedLayer, propagate
+from robust_app.bounds import propagate
 from robust_app.interval import Interval
+from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Residual
 from robust_app.margins import layer_inputs, margin_bounds
 from robust_app.models import build

@@ -4,9 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_app.bounds import UnsupportedLayer, propagate
+from robust_app.bounds import propagate
 from robust_app.errors import UserError
 from robust_app.interval import Interval
+from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Normalize, Residual
 from robust_app.margins import margin_bounds
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from robust_app import crown
 from robust_app.attacks import falsified
-from robust_app.bounds import UnsupportedLayer
 from robust_app.crown import Problem, crown_ibp_margins, crown_margins
 from robust_app.interval import Interval
+from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Normalize, Residual
 from robust_app.margins import certified, margin_bounds
 from robust_app.pullback import LinearBound

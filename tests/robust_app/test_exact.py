@@ -8,9 +8,9 @@ from torch import nn
 
 from robust_app import crown
 from robust_app.attacks import falsified
-from robust_app.bounds import UnsupportedLayer
 from robust_app.errors import UserError
 from robust_app.exact import Verdict, decide, decided
+from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Residual
 from robust_app.margins import certified
 

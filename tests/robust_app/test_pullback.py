@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robust_app.batch_norm import BatchNorm, clean_statistics
-from robust_app.bounds import UnsupportedLayer
+from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Normalize, Residual
 from robust_app.pullback import LinearBound, inner_products, pull_back, pull_back_affine
 

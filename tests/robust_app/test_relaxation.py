@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_app.bounds import UnsupportedLayer
 from robust_app.interval import Interval
+from robust_app.layer_rules import UnsupportedLayer
 from robust_app.margins import layer_inputs
 from robust_app.pullback import LinearBound, inner_products
 from robust_app.relaxation import adaptive_slopes, lower_bounds, relax_relu

@@ -1,0 +1,65 @@
+"""Rules for layers by their type: what boxes and linear bounds have in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeGuard, TypeVar
+
+from torch import nn
+
+from robust_app.errors import UserError
+
+IN_TRAINING = "it is in training mode; call .eval() on it first"
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+_Rule = TypeVar("_Rule", bound=Callable[..., Any])
+
+
+class UnsupportedLayer(UserError, TypeError):
+    """A layer, or a mode of it, for which there is no sound rule."""
+
+
+def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
+    """Whether ``layer`` computes what ``kind`` computes: no subclass with another forward."""
+    return isinstance(layer, kind) and type(layer).forward is kind.forward
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules behind a function that dispatches on the type of its first argument.
+
+    Attributes:
+        function: a ``functools.singledispatch``.
+        give: what they give, for errors.
+    """
+
+    function: Any
+    give: str
+
+    def of(self, *kinds: type[nn.Module]) -> Callable[[_Rule], _Rule]:
+        """Register a rule for layers that are plainly of one of these kinds."""
+
+        def register(rule: _Rule) -> _Rule:
+            for kind in kinds:
+                self.function.register(kind, partial(self._apply, rule, kind))
+            return rule
+
+        return register
+
+    def unsupported(self, layer: nn.Module, why: str = "") -> UnsupportedLayer:
+        """The error for a layer; without a reason, how a rule is registered."""
+        name = type(layer).__name__
+        return UnsupportedLayer(f"no {self.give} for the layer {name}: {why or self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        where = f"{self.function.__module__}.{self.function.__name__}"
+        return f"register a rule for it with @{where}.register"
+
+    def _apply(
+        self, rule: Callable[..., Any], kind: type[nn.Module], layer: nn.Module, *rest: Any
+    ) -> Any:
+        # Dispatch finds the rules of base classes too, which say nothing about another forward.
+        if not is_plainly(layer, kind):
+            raise self.unsupported(layer, f"it overrides {kind.__name__}.forward; {self._remedy}")
+        return rule(layer, *rest)
