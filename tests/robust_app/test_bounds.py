@@ -10,6 +10,7 @@ from robust_app.interval import Interval
 from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Normalize, Residual
 from robust_app.margins import margin_bounds
+from tests.robust_app.networks import linear, points
 
 ROUNDING = 1e-9  # all tests that compare to it run in float64
 
@@ -118,25 +119,6 @@ def boxes(draw, shape, batch=2):
     center = torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
     radius = torch.rand(batch, *shape, generator=generator, dtype=torch.float64)
     return Interval(scale * center, size * radius * (radius > 0.1))
-
-
-def points(box, count=6):
-    """Both extreme corners, random corners and random points of a box."""
-    yield box.lower
-    yield box.upper
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(count):
-        direction = 2 * torch.rand(box.center.shape, generator=generator, dtype=torch.float64) - 1
-        yield box.center + box.radius * direction
-        yield box.center + box.radius * direction.sign()
-
-
-def linear(weight, bias):
-    layer = nn.Linear(len(weight[0]), len(weight))
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor(weight))
-        layer.bias.copy_(torch.tensor(bias))
-    return layer
 
 
 # --- propagate

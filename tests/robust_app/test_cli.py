@@ -27,22 +27,6 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 MNIST = Path(__file__).parents[3] / "shared" / "data"
 
 
-@pytest.fixture
-def robust_app(monkeypatch, capsys, tmp_path):
-    """Run the command in an empty folder; returns exit status, standard output and error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["robust-app", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        output = capsys.readouterr()
-        return stopped.value.code or 0, output.out, output.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """A short, complete run that nobody changes."""

@@ -9,14 +9,7 @@ from robust_app.layer_rules import UnsupportedLayer
 from robust_app.margins import layer_inputs
 from robust_app.pullback import LinearBound, inner_products
 from robust_app.relaxation import adaptive_slopes, lower_bounds, relax_relu
-
-
-def linear(weight, bias):
-    layer = nn.Linear(len(weight[0]), len(weight))
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor(weight))
-        layer.bias.copy_(torch.tensor(bias))
-    return layer
+from tests.robust_app.networks import linear
 
 
 @pytest.mark.parametrize(("slope", "expected"), [(0.0, -1.5), (0.5, -2.0), (1.0, -2.5)])

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,19 +50,9 @@ def mnist(tmp_path_factory):
 
 
 @pytest.fixture
-def reproduce(monkeypatch, capsys, tmp_path):
+def reproduce(robust_app):
     """Run the command in an empty folder; returns exit status, standard output and error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["robust-app", "reproduce", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        output = capsys.readouterr()
-        return stopped.value.code or 0, output.out, output.err
-
-    return call
+    return partial(robust_app, "reproduce")
 
 
 @pytest.fixture(scope="module")
