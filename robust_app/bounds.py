@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robust_app.batch_norm import BatchNorm
+from robust_app.fused import relu_box
 from robust_app.interval import Interval
 from robust_app.layer_rules import IN_TRAINING, Rules, is_plainly
 from robust_app.layers import Normalize, Residual
@@ -145,7 +146,6 @@ def _dropout(layer: nn.Module, interval: Interval) -> Interval:
     nn.Hardsigmoid,
     nn.Hardtanh,
     nn.LogSigmoid,
-    nn.ReLU,
     nn.ReLU6,
     nn.SELU,
     nn.Sigmoid,
@@ -156,6 +156,12 @@ def _dropout(layer: nn.Module, interval: Interval) -> Interval:
 )
 def _non_decreasing(layer: nn.Module, interval: Interval) -> Interval:
     return Interval.between(layer(interval.lower), layer(interval.upper))
+
+
+@_RULES.of(nn.ReLU)
+def _relu(layer: nn.ReLU, interval: Interval) -> Interval:
+    del layer
+    return Interval(*relu_box(interval.center, interval.radius))
 
 
 @_RULES.of(nn.MaxPool2d, nn.AdaptiveMaxPool2d)

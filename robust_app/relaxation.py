@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from robust_app.fused import split_by_sign
 from robust_app.interval import Interval
 from robust_app.layer_rules import is_plainly
 from robust_app.pullback import LinearBound, inner_products, pull_back
@@ -93,12 +94,11 @@ def relax_relu(bound: LinearBound, box: Interval, slopes: Tensor) -> LinearBound
     intercept = torch.where(unstable, -chord_slope * lower, 0)
     slopes = torch.where(unstable, slopes, stable_slope)
 
-    # A⁺α + A⁻s as Aα + A⁻(s - α): autograd keeps two tensors of the size of A, not four.
-    negative = bound.coefficients.clamp(max=0)
-    coefficients = torch.addcmul(
-        bound.coefficients * slopes.unsqueeze(1), negative, (chord_slope - slopes).unsqueeze(1)
+    coefficients, constant = split_by_sign(
+        bound.coefficients.flatten(2),
+        *(values.flatten(1) for values in (slopes, chord_slope, intercept)),
     )
-    return LinearBound(coefficients, bound.constant + inner_products(negative, intercept))
+    return LinearBound(coefficients.view_as(bound.coefficients), bound.constant + constant)
 
 
 def is_relu(layer: nn.Module) -> bool:

@@ -29,6 +29,8 @@ AFFINE = {
     "conv": (nn.Conv2d(2, 3, 3, padding=1), IMAGE),
     "conv without bias": (nn.Conv2d(2, 3, 2, bias=False), IMAGE),
     "conv that leaves pixels over": (nn.Conv2d(2, 3, (3, 2), stride=(2, 3), padding=(0, 1)), IMAGE),
+    "conv with small patches": (nn.Conv2d(2, 9, (2, 1), (2, 3), (1, 0), (2, 1)), IMAGE),
+    "conv with small patches, no bias": (nn.Conv2d(2, 8, 2, bias=False), IMAGE),
     "conv with groups": (nn.Conv2d(2, 4, 3, groups=2), IMAGE),
     "conv with dilation": (nn.Conv2d(2, 2, 2, stride=2, dilation=2, padding=1), IMAGE),
     "conv same": (nn.Conv2d(2, 2, 3, dilation=2, padding="same"), IMAGE),
@@ -89,7 +91,15 @@ def test_statistics_of_the_clean_batch():
 
 
 @pytest.mark.parametrize(
-    "kind", ["linear", "conv", "conv circular", "batch norm 2d", "batch norm of ours"]
+    "kind",
+    [
+        "linear",
+        "conv",
+        "conv with small patches",
+        "conv circular",
+        "batch norm 2d",
+        "batch norm of ours",
+    ],
 )
 def test_gradients_of_the_parameters(kind):
     """Those of a loss that goes through coefficients and constant."""
@@ -104,6 +114,20 @@ def test_gradients_of_the_parameters(kind):
     actual = torch.autograd.grad(through.sum(), parameters)
     loss = (direct.square() + at_origin.square()).sum()
     torch.testing.assert_close(actual, torch.autograd.grad(loss, parameters))
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv with small patches", "conv with dilation"])
+def test_gradients_of_the_coefficients(kind):
+    layer, shape = AFFINE[kind]
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    gradients = []
+    for rule in (pull_back, pull_back_affine):
+        bound = random_bound(layer, x, torch.Generator().manual_seed(0))
+        bound.coefficients.requires_grad_()
+        pulled = rule(layer, bound, x.shape[1:])
+        total = pulled.coefficients.square().sum() + pulled.constant.square().sum()
+        gradients += torch.autograd.grad(total, bound.coefficients)
+    torch.testing.assert_close(*gradients)
 
 
 class ShiftedLinear(nn.Linear):
