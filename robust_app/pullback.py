@@ -133,11 +133,14 @@ class _TransposedByPatches(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_coefficients = F.conv2d(of_pulled, weight, None, *ctx.geometry)
         if ctx.needs_input_grad[1]:
-            of_weight = conv2d_weight(of_pulled, weight.shape, coefficients, *ctx.geometry)
+            of_weight = conv2d_weight(  # type: ignore[no-untyped-call]
+                of_pulled, weight.shape, coefficients, *ctx.geometry
+            )
         return of_coefficients, of_weight, None, None
 
 
 def _transposed(layer: nn.Conv2d, coefficients: Tensor, size: torch.Size) -> Tensor:
+    assert not isinstance(layer.padding, str)  # which goes another way
     reached = [
         (out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
         for out, stride, padding, dilation, kernel in zip(

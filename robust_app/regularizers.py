@@ -95,19 +95,18 @@ def _before_relus(inputs: LayerInputs) -> list[Interval]:
 
 
 def _imbalance(box: Interval) -> Tensor:
-    center = box.center
+    center = box.center.flatten()
     mean, size = mean_over_processes(torch.stack([center.mean(), center.abs().mean()]))
     # No ratio depends on the centres' common scale, which is therefore a constant to the gradient.
     size = size.detach().clamp(min=_NOTHING)
     center, mean = center / size, mean / size
     deviation = (center - mean).square()
-    active, inactive = box.lower > 0, box.upper < 0
-    parts = [
-        torch.where(kind, values, 0).mean()
-        for kind in (active, inactive)
-        for values in (center.abs(), deviation)
-    ]
-    of_active, of_inactive = mean_over_processes(torch.stack(parts)).view(2, 2)
+    # Products with masks: an active centre is above 0 and an inactive one below.
+    active = (box.lower > 0).to(center).flatten()
+    inactive = (box.upper < 0).to(center).flatten()
+    sums = [active @ center, active @ deviation, -(inactive @ center), inactive @ deviation]
+    parts = torch.stack(sums) / len(center)
+    of_active, of_inactive = mean_over_processes(parts).view(2, 2)
     smaller = torch.minimum(of_active, of_inactive)
     larger = torch.maximum(of_active, of_inactive)
     ratio = smaller / larger.clamp(min=_NOTHING)
