@@ -1,7 +1,9 @@
 """Base optimizers that evaluate the losses several times a step (L-BFGS)."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +14,10 @@ from mogd.record import Record
 from mogd.rules import Weighting, slopes
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step`` cannot be called without a closure."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
+@functools.cache
+def needs_closure(step: Callable[..., Any]) -> bool:
+    """Whether an optimizer's ``step`` cannot be called without a closure."""
+    closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from mogd.moments import Gradients
+from mogd.packs import Gradients
 
 SHARED_GRAPH = """\
 losses[{index}] shares its graph with a loss before it, and the graph of an iterator's loss is \
@@ -103,14 +103,23 @@ def combine(loss_gradients: Sequence[Gradients], weights: Tensor) -> Gradients:
     weights = weights.clamp(-limit, limit)
     combined: Gradients = {}
     for gradients, weight in zip(loss_gradients, weights, strict=True):
-        for parameter, gradient in gradients.items():
-            # Not addcmul_: it would round the weight to the gradient's dtype, to inf in float16.
-            weighted = gradient.mul_(weight.to(gradient.device))
-            if parameter in combined:
-                combined[parameter].add_(weighted)
-            else:
-                combined[parameter] = weighted
+        for alike in _alike(gradients.values()):
+            # At least float32: rounded to float16, a weight may be infinite.
+            dtype = torch.promote_types(alike[0].dtype.to_real(), torch.float32)
+            torch._foreach_mul_(alike, weight.to(alike[0].device, dtype))
+        again = [parameter for parameter in gradients if parameter in combined]
+        if again:
+            torch._foreach_add_([combined[p] for p in again], [gradients[p] for p in again])
+        combined = gradients | combined
     return combined
+
+
+def _alike(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """The tensors of each device and dtype."""
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return found.values()
 
 
 def _take(parameters: Sequence[Tensor], index: int) -> Gradients:

@@ -4,18 +4,14 @@ Everything small (norms, Gramian, count) is float64: squares of gradients betwee
 leave the range of float32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Gradients = dict[Tensor, Tensor]
-"""The gradient of one loss by parameter; a parameter that is absent has a zero gradient."""
-
-# Elements cast to float64 at a time, which bounds the memory:
-BLOCK = 1 << 16  # what stays in a processor's cache
-GPU_BLOCK = 1 << 22  # few launches
+from mogd.packs import Doubles, Gradients, block_size, blocks, groups, joined
 
 
 class Moments:
@@ -30,7 +26,9 @@ class Moments:
     def __init__(self, decay: tuple[float, float], losses: int, device: torch.device) -> None:
         self.decay = decay
         self.count = torch.zeros((), dtype=torch.int64, device=device)
-        self._exp_avgs: Gradients = {}  # each (K, numel), m̂ without bias correction
+        self._parameters: dict[Tensor, None] = {}  # in order of first appearance
+        self._groups: list[list[Tensor]] = []  # of these parameters
+        self._exp_avgs: list[Tensor] = []  # m̂ of each group, (K, entries), not bias-corrected
         self._exp_avg_norms = torch.zeros(losses, dtype=torch.float64, device=device)  # v̂
         self._exp_avg_gramian = torch.zeros(losses, losses, dtype=torch.float64, device=device)
 
@@ -64,28 +62,43 @@ class Moments:
             scale: factor by which to multiply the gradients first; 1 if None.
             keep: 0-dim bool tensor; where it is False nothing changes (without asking the device).
         """
-        step = torch.ones_like(self.count)
         if keep is not None:
             norms = torch.where(keep, norms, self._exp_avg_norms)
-            step = step * keep
         self._exp_avg_norms.lerp_(norms, 1.0 - self.decay[1])
-        self.count += step
+        self.count += 1 if keep is None else keep
+        self._include(parameter for of_loss in gradients for parameter in of_loss)
         self._exp_avg_gramian.zero_()
-        for parameter in _ordered_union(self._exp_avgs, *gradients):
-            exp_avg = self._exp_avgs.get(parameter)
-            if exp_avg is None:
-                exp_avg = self._exp_avgs[parameter] = _zeros(parameter, self.losses)
-            flat = [
-                _flat(of_loss[parameter]) if parameter in of_loss else None for of_loss in gradients
-            ]
-            size = _block_size(parameter)
+        doubles = Doubles()
+        for group, exp_avg in zip(self._groups, self._exp_avgs, strict=True):
+            vectors = [_vector(of_loss, group) for of_loss in gradients]
+            size = block_size(exp_avg)
             for start in range(0, exp_avg.shape[1], size):
                 block = exp_avg[:, start : start + size]
-                for row, gradient in zip(block, flat, strict=True):
-                    new = None if gradient is None else gradient[start : start + size].to(row)
+                for row, vector in zip(block, vectors, strict=True):
+                    new = None if vector is None else vector[start : start + size].to(row)
                     _average(row, new, self.decay[0], scale, keep)
-                double = block.double()
+                double = doubles(block)
                 self._exp_avg_gramian += (double @ double.T).to(self._exp_avg_gramian.device)
+
+    def _include(self, parameters: Iterable[Tensor]) -> None:
+        """Give parameters that are new a past of zeros."""
+        known = len(self._parameters)
+        self._parameters.update(dict.fromkeys(parameters))
+        if len(self._parameters) == known:
+            return
+        self._groups = groups(self._parameters)
+        self._exp_avgs = [
+            _grown(past, group, self.losses)
+            for group, past in zip_longest(self._groups, self._exp_avgs)
+        ]
+
+    def _by_parameter(self) -> dict[Tensor, Tensor]:
+        """m̂ of each parameter, ``(K, entries)``, views in order of first appearance."""
+        views: dict[Tensor, Tensor] = {}
+        for group, exp_avg in zip(self._groups, self._exp_avgs, strict=True):
+            parts = torch.split(exp_avg, [_entries(parameter) for parameter in group], dim=1)
+            views.update(zip(group, parts, strict=True))
+        return {parameter: views[parameter] for parameter in self._parameters}
 
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """The state as tensors and plain containers, parameters by their position."""
@@ -96,7 +109,7 @@ class Moments:
             "gramian": self._exp_avg_gramian,
             # In the order of first appearance: the Gramian's bits depend on it.
             "exp_avg": {
-                positions[parameter]: exp_avg for parameter, exp_avg in self._exp_avgs.items()
+                positions[parameter]: exp_avg for parameter, exp_avg in self._by_parameter().items()
             },
         }
 
@@ -129,38 +142,42 @@ class Moments:
                     f"{tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}"
                 )
             tensor.copy_(state_dict[name])
-        for position, saved in state_dict["exp_avg"].items():
+        saved: dict[Tensor, Tensor] = {}
+        for position, exp_avg in state_dict["exp_avg"].items():
             if position >= len(parameters):
                 raise ValueError(
                     f"state_dict['moments'] has parameter {position}, "
                     f"but the optimizer has only {len(parameters)}"
                 )
-            exp_avg = _zeros(parameters[position], moments.losses)
-            if saved.shape != exp_avg.shape:
+            expected = moments.losses, _entries(parameters[position])
+            if exp_avg.shape != expected:
                 raise ValueError(
                     f"state_dict['moments'] of parameter {position} has shape "
-                    f"{tuple(saved.shape)}, expected {tuple(exp_avg.shape)}"
+                    f"{tuple(exp_avg.shape)}, expected {expected}"
                 )
-            moments._exp_avgs[parameters[position]] = exp_avg.copy_(saved)
+            saved[parameters[position]] = exp_avg
+        moments._include(saved)
+        for parameter, exp_avg in moments._by_parameter().items():
+            exp_avg.copy_(saved[parameter])
         return moments
 
 
 def bias_corrected(average: Tensor, decay: float, count: Tensor, power: int = 1) -> Tensor:
-    """An average that began at zero, over ``(1 - βᵗ)`` to a power; 0 while t is 0.
+    """An average that began at zero, over ``(1 - βᵗ)`` to a power; still 0 while t is 0.
 
     Source: paper, Algorithm 1, lines 8-11; a Gramian of averages is corrected twice, power 2.
     """
-    correction = (1.0 - decay ** count.double()) ** power
-    return torch.where(count > 0, average / correction, torch.zeros_like(average))
+    correction = 1.0 - decay ** count.clamp(min=1).double()
+    return average / correction**power
 
 
 def norm(gradients: Gradients, device: torch.device) -> Tensor:
     """‖g‖₂ over all parameters, accumulated in float64: 0-dim, not finite if any entry is not."""
     square = torch.zeros((), dtype=torch.float64, device=device)
-    for gradient in gradients.values():
-        for block in torch.split(_flat(gradient), _block_size(gradient)):
-            double = block.double()
-            square += (double @ double).to(device)
+    doubles = Doubles()
+    for block in blocks(gradients.values()):
+        double = doubles(block)
+        square += (double @ double).to(device)
     return square.sqrt()
 
 
@@ -176,22 +193,30 @@ def _average(
     row.lerp_(new, 1.0 - decay)
 
 
-def _zeros(parameter: Tensor, losses: int) -> Tensor:
-    """A row for each loss, real and at least float32."""
-    real = torch.view_as_real(parameter.detach()) if parameter.is_complex() else parameter
-    dtype = torch.promote_types(real.dtype, torch.float32)
-    return torch.zeros(losses, real.numel(), dtype=dtype, device=parameter.device)
+def _vector(gradients: Gradients, group: Sequence[Tensor]) -> Tensor | None:
+    """The gradients of a group as one real vector; None if all are absent."""
+    if gradients.keys().isdisjoint(group):
+        return None
+    return joined(
+        [
+            gradients[parameter] if parameter in gradients else torch.zeros_like(parameter)
+            for parameter in group
+        ]
+    )
 
 
-def _block_size(tensor: Tensor) -> int:
-    return BLOCK if tensor.device.type == "cpu" else GPU_BLOCK
+def _grown(past: Tensor | None, group: Sequence[Tensor], losses: int) -> Tensor:
+    """m̂ of a group, at least float32; parameters that it did not hold before have a past of 0."""
+    entries = sum(map(_entries, group))
+    if past is not None and past.shape[1] == entries:
+        return past
+    dtype = torch.promote_types(group[0].dtype.to_real(), torch.float32)
+    grown = torch.zeros(losses, entries, dtype=dtype, device=group[0].device)
+    if past is not None:
+        grown[:, : past.shape[1]] = past
+    return grown
 
 
-def _flat(gradient: Tensor) -> Tensor:
-    """The entries as a real vector."""
-    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).reshape(-1)
-
-
-def _ordered_union(*mappings: Gradients) -> Iterator[Tensor]:
-    """Every parameter once, in order of first appearance."""
-    return iter(dict.fromkeys(parameter for mapping in mappings for parameter in mapping))
+def _entries(parameter: Tensor) -> int:
+    """How many real numbers a parameter holds."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)

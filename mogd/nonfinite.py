@@ -40,8 +40,8 @@ class Guard:
         Raises:
             FloatingPointError: if not, under ``"raise"`` and without a scaler.
         """
-        sound = losses.isfinite() & norms.isfinite()
-        keep = sound.all() & ((slopes.abs() * norms).sum() < largest)
+        # Norms that are not finite leave the sum not finite.
+        keep = losses.isfinite().all() & (slopes.abs() @ norms < largest)
         if self.skipped.device != keep.device:
             self.skipped = torch.full((), int(self.skipped), device=keep.device)
         if keep.is_cuda and (self.policy == "skip" or scaled):
@@ -50,9 +50,14 @@ class Guard:
         if keep:
             return True
         if self.policy == "raise" and not scaled:
-            raise FloatingPointError(_describe(sound, slopes))
+            raise FloatingPointError(_describe(losses.isfinite() & norms.isfinite(), slopes))
         self.skipped += 1
         return False
+
+
+def largest_number(dtype: torch.dtype) -> float:
+    """The largest number a gradient may hold, float32's for halves: these have scalers."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).max
 
 
 def _describe(sound: Tensor, slopes: Tensor) -> str:

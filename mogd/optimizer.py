@@ -12,21 +12,16 @@ from torch.optim import Optimizer
 from mogd import parallel
 from mogd.closure import needs_closure, reevaluation
 from mogd.gradients import LossGradients, combine
-from mogd.moments import Gradients, Moments, norm
-from mogd.nonfinite import Guard
+from mogd.moments import Moments, norm
+from mogd.nonfinite import Guard, largest_number
+from mogd.packs import Gradients
 from mogd.priority import Fixed, Priority, ask
 from mogd.record import Record
-from mogd.rules import (
-    BisectorProjection,
-    GramianRule,
-    Rule,
-    Weighting,
-    conflicting,
-    slopes,
-)
+from mogd.rules import BisectorProjection, GramianRule, Rule, Weighting, slopes
+from mogd.wrapper import Wrapper
 
 
-class UnbiasedMultiGradient(Optimizer):
+class UnbiasedMultiGradient(Wrapper):
     r"""Steps along a combination of several losses' gradients without biased weights.
 
     .. code-block:: text
@@ -73,7 +68,6 @@ class UnbiasedMultiGradient(Optimizer):
     tensor(True)
     """
 
-    base: Optimizer
     last: Record | None
 
     def __init__(
@@ -94,11 +88,10 @@ class UnbiasedMultiGradient(Optimizer):
         for name, value in (("base", base), ("rule", rule), ("priority", priority)):
             if not callable(value):
                 raise TypeError(f"{name} must be callable, got {value!r}")
-        self.base = base(params, **base_options)
-        if not isinstance(self.base, Optimizer):
-            raise TypeError(
-                f"base must make a torch.optim.Optimizer, got {type(self.base).__name__}"
-            )
+        made = base(params, **base_options)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"base must make a torch.optim.Optimizer, got {type(made).__name__}")
+        super().__init__(made)
         self.moment_decay = moment_decay
         self.rule = rule if isinstance(rule, Rule) else GramianRule(rule)
         self.priority = priority
@@ -109,8 +102,6 @@ class UnbiasedMultiGradient(Optimizer):
         self._accumulating = False
         self._pending: LossGradients | None = None  # micro-batches not yet combined
         self._keep: Tensor | bool = True  # may the base step; a tensor to keep it on the device
-        super().__init__(self.base.param_groups, self.base.defaults)
-        self._share_with_base()
         self._weigh_by = None if weigh_by is None else frozenset(weigh_by)
         if self._weigh_by is not None:
             foreign = self._weigh_by.difference(self._parameters())
@@ -214,24 +205,17 @@ class UnbiasedMultiGradient(Optimizer):
                 "gradients were accumulated but not combined: "
                 "the last backward() before step() belongs outside accumulate()"
             )
-        keep, self._keep = self._keep, True
-        if isinstance(keep, Tensor) and not _skips_on_device(self.base):
-            keep = bool(keep)
-        with torch.no_grad():
-            if isinstance(keep, Tensor):
-                self._masked_base_step(keep)
-            elif not keep:
-                pass
-            elif not needs_closure(self.base):
-                self.base.step()
-            elif closure is None or record is None:
+        objective = None
+        if needs_closure(type(self.base).step):
+            if closure is None or record is None:
                 raise TypeError(
                     f"{type(self.base).__name__} evaluates the losses several times a step: "
                     "call step(closure)"
                 )
-            else:
-                average = parallel.average if self.distributed else torch.clone
-                self.base.step(reevaluation(self.base, closure, record, average))
+            average = parallel.average if self.distributed else torch.clone
+            objective = reevaluation(self.base, closure, record, average)
+        keep, self._keep = self._keep, True
+        self._base_step(keep, objective)
         return record
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -239,79 +223,34 @@ class UnbiasedMultiGradient(Optimizer):
         self._pending, self._keep = None, True
         super().zero_grad(set_to_none)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; its past gradients count as zero."""
-        if not any(group is param_group for group in self.base.param_groups):
-            self.base.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base's state, the moments and the count of skipped steps; no code, only data."""
-        for prepare in self._optimizer_state_dict_pre_hooks.values():
-            prepare(self)
-        moments = None
-        if self._moments is not None:
-            moments = self._moments.state_dict(self._parameters())
-        state_dict = self.base.state_dict() | {
-            "moments": moments,
+    def _added_state(self) -> dict[str, Any]:
+        moments = self._moments
+        return {
+            "moments": None if moments is None else moments.state_dict(self._parameters()),
             "moment_decay": list(self.moment_decay),
             "skipped": self.skipped,
         }
-        for revise in self._optimizer_state_dict_post_hooks.values():
-            state_dict = revise(self, state_dict) or state_dict
-        return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken, to the same bits.
-
-        Raises:
-            ValueError: if the state is another optimizer's or does not fit the parameters;
-                nothing has changed then.
-        """
-        state_dict = dict(state_dict)
-        for revise in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = revise(self, state_dict) or state_dict
-        missing = {"state", "param_groups", "moments", "moment_decay", "skipped"} - set(state_dict)
-        if missing:
-            raise ValueError(
-                f"state_dict lacks {sorted(missing)}: it is not of UnbiasedMultiGradient "
-                "(a base optimizer's own state loads through optimizer.base.load_state_dict)"
-            )
-        moments = None
-        beta_1, beta_2 = state_dict["moment_decay"]
-        if state_dict["moments"] is not None:
+    def _from_added_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        moments, (beta_1, beta_2) = state_dict["moments"], state_dict["moment_decay"]
+        if moments is not None:
             moments = Moments.from_state_dict(
-                state_dict["moments"], (beta_1, beta_2), self._parameters(), self._device()
+                moments, (beta_1, beta_2), self._parameters(), self._device()
             )
-        self.base.load_state_dict(state_dict)
-        self._share_with_base()
-        self.moment_decay = (beta_1, beta_2)
-        self._moments = moments
-        self._guard.skipped = torch.tensor(state_dict["skipped"])
-        self._pending, self._keep = None, True
-        for conclude in self._optimizer_load_state_dict_post_hooks.values():
-            conclude(self)
+        guard = Guard(self._guard.policy)
+        guard.skipped = torch.tensor(state_dict["skipped"])
+        return {
+            "moment_decay": (beta_1, beta_2),
+            "_moments": moments,
+            "_guard": guard,
+            "_pending": None,
+            "_keep": True,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "moment_decay", "rule", "priority", "distributed", "last")
         private = ("_moments", "_guard", "_pending", "_accumulating", "_keep", "_weigh_by")
-        return {name: self.__dict__[name] for name in names + private}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._share_with_base()
-        super().__setstate__({})
-
-    def _share_with_base(self) -> None:
-        """Schedulers, clipping and scalers must see the groups and state the base works with."""
-        self.defaults = self.base.defaults
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
-
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    def _device(self) -> torch.device:
-        return self._parameters()[0].device
+        return {name: vars(self)[name] for name in names + private}
 
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         """Weigh by the past, take in the present, combine (Algorithm 1)."""
@@ -333,19 +272,19 @@ class UnbiasedMultiGradient(Optimizer):
         chosen = self.rule(gramian, norm_moments, prioritized)
         weighting = Weighting(*(part.detach() for part in chosen))
         total = slopes(weighting, losses)
-        keep = self._guard.admit(losses, norms, total, self._largest(), scaler is not None)
-        conflict = conflicting(gramian, norm_moments)
-        self.last = Record(losses, *weighting, gramian, norm_moments, conflict, prioritized)
+        largest = largest_number(self._parameters()[0].dtype)
+        keep = self._guard.admit(losses, norms, total, largest, scaler is not None)
+        self.last = Record(losses, *weighting, gramian, norm_moments, prioritized)
         mask = keep if isinstance(keep, Tensor) else None
         if keep is not False:
             weighed, weighed_norms = self._weighed(collected.gradients, norms, unscale)
             moments.update(weighed, weighed_norms, scale=unscale, keep=mask)
             self._moments = moments
         if keep is not False or scaler is not None:
+            # Not where there is a scaler, which looks for what overflowed:
+            drop = None if mask is None or scaler is not None else ~mask
             for parameter, gradient in combine(collected.gradients, total).items():
-                if mask is not None and scaler is None:  # a scaler looks for what overflowed
-                    gradient = torch.where(mask, gradient, 0.0)
-                parameter.grad = gradient
+                parameter.grad = gradient if drop is None else gradient.masked_fill_(drop, 0.0)
         if scaler is None:
             self._keep = keep
         return self.last
@@ -359,19 +298,3 @@ class UnbiasedMultiGradient(Optimizer):
         kept = [{p: g for p, g in of.items() if p in self._weigh_by} for of in gradients]
         norms = torch.stack([norm(of, norms.device) for of in kept])
         return kept, norms if unscale is None else norms * unscale
-
-    def _largest(self) -> float:
-        """The largest number a gradient may hold, float32's for halves: these have scalers."""
-        dtype = torch.promote_types(self._parameters()[0].dtype, torch.float32)
-        return torch.finfo(dtype).max
-
-    def _masked_base_step(self, keep: Tensor) -> None:
-        """Step where ``keep`` is True, by the protocol between GradScaler and fused optimizers."""
-        fused: Any = self.base
-        fused.grad_scale, fused.found_inf = None, (~keep).float()
-        self.base.step()
-        del fused.grad_scale, fused.found_inf
-
-
-def _skips_on_device(optimizer: Optimizer) -> bool:
-    return getattr(optimizer, "_step_supports_amp_scaling", False)

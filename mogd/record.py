@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mogd.rules import conflicting
+
 
 @dataclass(frozen=True)
 class Record:
@@ -15,7 +17,6 @@ class Record:
         regularization: κ_reg, the weight of each squared loss, shape ``(K,)``.
         gramian: inner products of the moments behind the weights, shape ``(K, K)``.
         norms: moments of the gradients' norms behind the weights, shape ``(K,)``.
-        conflict: whether two moments disagreed (:func:`mogd.rules.conflicting`), 0-dim bool.
         prioritized: index of the loss that the priority favoured, 0-dim integer.
     """
 
@@ -24,5 +25,9 @@ class Record:
     regularization: Tensor
     gramian: Tensor
     norms: Tensor
-    conflict: Tensor
     prioritized: Tensor
+
+    @property
+    def conflict(self) -> Tensor:
+        """Whether two moments disagreed (:func:`mogd.rules.conflicting`), 0-dim bool."""
+        return conflicting(self.gramian, self.norms)

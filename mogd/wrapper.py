@@ -1,0 +1,99 @@
+"""An optimizer around another: what is asked of any optimizer, by way of the base."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Wrapper(Optimizer):
+    """Shares parameter groups, options and state with its base, and adds state of its own.
+
+    Attributes:
+        base: the optimizer that takes the steps.
+    """
+
+    base: Optimizer
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base = base
+        super().__init__(base.param_groups, base.defaults)
+        self._share_with_base()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; its past gradients count as zero."""
+        if not any(group is param_group for group in self.base.param_groups):
+            self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state and what this optimizer adds to it; no code, only data."""
+        for prepare in self._optimizer_state_dict_pre_hooks.values():
+            prepare(self)
+        state_dict = self.base.state_dict() | self._added_state()
+        for revise in self._optimizer_state_dict_post_hooks.values():
+            state_dict = revise(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, to the same bits.
+
+        Raises:
+            ValueError: if the state is another optimizer's or does not fit the parameters;
+                nothing has changed then.
+        """
+        state_dict = dict(state_dict)
+        for revise in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = revise(self, state_dict) or state_dict
+        missing = {"state", "param_groups", *self._added_state()} - set(state_dict)
+        if missing:
+            raise ValueError(
+                f"state_dict lacks {sorted(missing)}: it is not of {type(self).__name__} "
+                "(a base optimizer's own state loads through optimizer.base.load_state_dict)"
+            )
+        attributes = self._from_added_state(state_dict)
+        self.base.load_state_dict(state_dict)
+        self._share_with_base()
+        vars(self).update(attributes)
+        for conclude in self._optimizer_load_state_dict_post_hooks.values():
+            conclude(self)
+
+    def _added_state(self) -> dict[str, Any]:
+        """The entries of :meth:`state_dict` beside the base's."""
+        raise NotImplementedError
+
+    def _from_added_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The attributes to set for these entries, by name; a ValueError if they do not fit."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._share_with_base()
+        super().__setstate__({})
+
+    def _share_with_base(self) -> None:
+        """Schedulers, clipping and scalers must see the groups and state the base works with."""
+        self.defaults = self.base.defaults
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _device(self) -> torch.device:
+        return self._parameters()[0].device
+
+    @torch.no_grad()
+    def _base_step(self, keep: Tensor | bool, closure: Callable[[], float] | None = None) -> None:
+        """Step where ``keep`` is True; a base that can decide on the device does so.
+
+        It does by the protocol between GradScaler and fused optimizers.
+        """
+        if isinstance(keep, Tensor) and getattr(self.base, "_step_supports_amp_scaling", False):
+            fused: Any = self.base
+            fused.grad_scale, fused.found_inf = None, (~keep).float()
+            fused.step()
+            del fused.grad_scale, fused.found_inf
+        elif keep:
+            self.base.step() if closure is None else self.base.step(closure)
