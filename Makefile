@@ -16,7 +16,7 @@ test-all: .venv/dev
 	$(BIN)/python -m pytest -m ""
 
 bench: .venv/dev
-	$(BIN)/python -m tests.benchmarks.step_cost
+	$(BIN)/python -m tests.benchmarks
 
 docs: .venv/dev
 	$(BIN)/mkdocs build --strict --config-file .mkdocs.yml

@@ -236,6 +236,8 @@ def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, over the batches of all processes."""
     if x[:, 0].numel() * world_size() < 2:
         raise ValueError(f"a clean batch needs more than one value per channel, got {x.shape}")
+    # In float32 at least, also where autocast has made x a half.
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
     if world_size() == 1:
         return mean, variance

@@ -14,10 +14,13 @@ from rich.table import Table
 from robust_app import config as configs
 from robust_app import data, distributed, listings, reporting, runner, verifiers
 from robust_app import recipes as recipe_book
+from robust_app.capture import EXECUTIONS
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
-from robust_app.errors import UserError
+from robust_app.errors import UserError, unknown
+from robust_app.freed_memory import keep_freed_memory
+from robust_app.precision import PRECISIONS
 from robust_app.reproduction import paper, plan
 from robust_app.reproduction.reproduce import Reproduction
 from robust_app.run_directory import RunDirectory, next_free
@@ -68,14 +71,29 @@ def train(
         int | None, typer.Option(min=1, help="Pause after this epoch, to be resumed later.")
     ] = None,
     device: Device = "auto",
+    execution: Annotated[
+        str,
+        typer.Option(
+            help="How a step is run: eager; graph, captured on a GPU once and replayed; or "
+            "compile, its losses by torch.compile. A resumed run may change it."
+        ),
+    ] = "eager",
+    precision: Annotated[
+        str | None,
+        typer.Option(help=f"Of products in training, {', '.join(PRECISIONS)}; overrides."),
+    ] = None,
 ) -> None:
     """Train a network; with no options, AdvIBP on the embedded digits in about a minute."""
+    if execution not in EXECUTIONS:
+        raise unknown("--execution", execution, EXECUTIONS)
     if resume and run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
     directory = RunDirectory(run_dir or next_free(Path("runs"), Path(recipe or "digits").stem))
     stored = directory.config() if resume else None
     if stored is None:
         directory.check_free()
+    if precision is not None:
+        settings = [f"precision={precision}", *(settings or [])]
     config = _requested(stored, recipe, settings or [], epochs, seed)
     if stored is not None and config != stored:
         raise UserError(f"--resume: the run has {configs.differences(stored, config)}")
@@ -83,7 +101,7 @@ def train(
     data_root = data_root or _last_data_root(directory)
     with distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)
-        trainer = Trainer(config, dataset, world)
+        trainer = Trainer(config, dataset, world, EXECUTIONS[execution])
         if not world.leads:
             runner.train(
                 trainer, directory, reporting.console(), data_root=data_root, stop_after=until
@@ -295,6 +313,7 @@ def _requested(
 
 def main() -> None:
     """Run the command line: status 0 done, 2 for what the user can mend, 130 on Ctrl-C."""
+    keep_freed_memory()
     try:
         status = app(standalone_mode=False)
     except UserError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from robust_app.errors import UserError, unknown
+from robust_app.precision import PRECISIONS
 
 
 class Rule(NamedTuple):
@@ -45,6 +46,7 @@ TEXT = Rule(
     lambda v: isinstance(v, str) and v != "" and v.isprintable(),
     str,
 )
+PRECISION = Rule("float32, tf32 or bf16", lambda v: v in PRECISIONS, str)
 SWITCH = Rule("true or false", lambda v: isinstance(v, bool), bool)
 POSITIVE_INTEGER = Rule("an integer of at least 1", lambda v: _whole(v, 1, sys.maxsize), int)
 INTEGER = Rule("an integer of at least 0", lambda v: _whole(v, 0, sys.maxsize), int)
@@ -112,6 +114,8 @@ class Config:
         gradient_clip: largest norm of a step's gradient; inf leaves it as it is.
         augment: random flips and crops of the training images.
         crop_padding: zeros around an image that is cropped at random.
+        precision: of the products in training, ``float32``, ``tf32`` (on a GPU) or ``bf16``; all
+            else, and whatever measures or certifies, is float32.
         held_out: number of training images set aside to choose the best epoch by.
         pgd_steps, pgd_restarts: strength of the attack in the final evaluation.
         seed: of initialisation, order of the examples, augmentation and attacks.
@@ -154,6 +158,7 @@ class Config:
     gradient_clip: Annotated[float, LIMIT]
     augment: Annotated[bool, SWITCH]
     crop_padding: Annotated[int, INTEGER] = 4
+    precision: Annotated[str, PRECISION] = "float32"
     held_out: Annotated[int, INTEGER]
     pgd_steps: Annotated[int, POSITIVE_INTEGER]
     pgd_restarts: Annotated[int, POSITIVE_INTEGER]

@@ -1,7 +1,8 @@
 """The elementwise work of bounds, each piece as one autograd node.
 
 Between the products of a network, bounds are limited by memory: autograd would save and pass over
-many tensors of a layer's size. These save one or two, and work in place.
+many tensors of a layer's size. These save one or two, and work in place where nobody can see it
+(backward passes may be vectorised, and cannot).
 """
 
 from typing import Any
@@ -42,7 +43,7 @@ class _ReluBox(torch.autograd.Function):
         of_upper = _where_above_0(of_center + of_radius, center)
         of_lower = _where_above_0(of_center - of_radius, center - radius)
         new_of_center = torch.lerp(of_lower, of_upper, 0.5)
-        return new_of_center, of_upper.sub_(new_of_center)
+        return new_of_center, of_upper - new_of_center
 
 
 def split_by_sign(
@@ -86,21 +87,19 @@ class _SplitBySign(torch.autograd.Function):
         of_coefficients = of_positive = of_negative = of_offset = None
         if ctx.needs_input_grad[0]:
             # As if all were A⁻; then the difference where they are A⁺.
-            of_coefficients = (of_sum * offset.unsqueeze(1)).addcmul_(of_new, negative.unsqueeze(1))
-            change = of_coefficients.neg().addcmul_(of_new, positive.unsqueeze(1))
-            of_coefficients += _where_above_0(change, coefficients)
+            as_below = torch.addcmul(of_sum * offset.unsqueeze(1), of_new, negative.unsqueeze(1))
+            change = torch.addcmul(-as_below, of_new, positive.unsqueeze(1))
+            of_coefficients = as_below + _where_above_0(change, coefficients)
         if ctx.needs_input_grad[1]:
             of_positive = (of_new * coefficients.clamp(min=0)).sum(1)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             below = coefficients.clamp(max=0)
             of_negative = (of_new * below).sum(1)
-            of_offset = below.mul_(of_sum).sum(1)
+            of_offset = (below * of_sum).sum(1)
         return of_coefficients, of_positive, of_negative, of_offset
 
 
 def _where_above_0(gradient: Tensor, values: Tensor) -> Tensor:
-    """``gradient`` with 0 where ``values`` are not above 0, in place: much faster than where."""
-    masked: Tensor = torch.ops.aten.threshold_backward.grad_input(
-        gradient, values, 0, grad_input=gradient
-    )
+    """``gradient``, 0 where ``values`` are not above 0: much faster than where."""
+    masked: Tensor = torch.ops.aten.threshold_backward(gradient, values, 0)
     return masked

@@ -17,9 +17,9 @@ def certified_loss(
     box: Interval,
     labels: Tensor,
     *,
-    crown_share: float = 0.0,
-    box_regularizers: float = 0.0,
-    weight: float = 1.0,
+    crown_share: float | Tensor = 0.0,
+    box_regularizers: float | Tensor = 0.0,
+    weight: float | Tensor = 1.0,
 ) -> Tensor:
     """Cross entropy of the worst margins, an upper bound of the robust loss, and regularisers.
 
@@ -31,6 +31,9 @@ def certified_loss(
         box_regularizers: weight ≥ 0 of :func:`~robust_app.regularizers.regularization`.
         weight: ≥ 0, of the cross entropy alone.
 
+    The last three are numbers or 0-dim tensors. The value of a tensor is not looked at: only the
+    number 0 leaves a part out.
+
     Returns:
         0-dim tensor, mean over the batch.
 
@@ -41,10 +44,10 @@ def certified_loss(
     """
     inputs = list(layer_inputs(network, box))
     margins = margins_after(*inputs[-1], labels)
-    if crown_share > 0:
-        margins = torch.lerp(margins, crown_margins(inputs, labels), crown_share)
+    if isinstance(crown_share, Tensor) or crown_share > 0:
+        margins = torch.lerp(margins, crown_margins(inputs, labels).to(margins), crown_share)
     loss = weight * F.cross_entropy(-margins, labels)
-    if box_regularizers > 0:
+    if isinstance(box_regularizers, Tensor) or box_regularizers > 0:
         loss = loss + box_regularizers * regularization(inputs)
     return loss
 

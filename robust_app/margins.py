@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from robust_app.bounds import flattened, propagate
 from robust_app.interval import Interval
 from robust_app.layer_rules import is_plainly
+from robust_app.precision import without_autocast
 
 
 def margin_bounds(network: nn.Module, interval: Interval, labels: Tensor) -> Tensor:
@@ -59,7 +60,15 @@ def layer_inputs(network: nn.Module, interval: Interval) -> Iterator[tuple[nn.Mo
 
 
 def margins_after(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
-    """:func:`margin_bounds` of a network's last layer alone, from the box at its input."""
+    """:func:`margin_bounds` of a network's last layer alone, from the box at its input.
+
+    Its sums of many radii are taken without autocast.
+    """
+    with without_autocast(hidden.center, hidden.radius) as (center, radius):
+        return _margins_after(last, Interval(center, radius), labels)
+
+
+def _margins_after(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
     if is_plainly(last, nn.Linear):
         logits, weight = last(hidden.center), last.weight
     else:

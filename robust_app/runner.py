@@ -41,6 +41,7 @@ def train(
         directory.start(config)
     directory.add_environment(
         environment.describe(world.device, world.size, config.seed, data_root)
+        | {"execution": trainer.execution.name}
     )
     console.print(f"run directory: {directory.path}", markup=False, soft_wrap=True)
     with reporting.watcher(console, config.total_epochs) as watcher:

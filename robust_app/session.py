@@ -12,8 +12,10 @@ from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.errors import UserError
 from robust_app.evaluation import Errors, evaluate
+from robust_app.networks import build_network
 from robust_app.run_directory import RunDirectory
-from robust_app.training import Trainer, Watcher, build_network
+from robust_app.training import Trainer
+from robust_app.watching import Watcher
 
 FORMAT = {"format": "robust-app 1"}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from robust_app.fosc import Stationarity
 from robust_app.interval import Interval
 from robust_app.losses import certified_loss
 from robust_app.methods import Attack, Method
-from robust_app.schedules import Setting
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,26 @@ class Batch:
         return cls(before(x), labels, box, box.center, box.radius, attacks.ANYTHING, start)
 
 
+class Shares(Protocol):
+    """The weights of a loss's parts, as of a :class:`~robust_app.schedules.Setting`.
+
+    A part whose weight is the number 0 is not computed. The value of a 0-dim tensor is not looked
+    at, so that it may live on a device and change between two runs of the same operations.
+    """
+
+    @property
+    def natural_weight(self) -> float | Tensor:
+        """κ of the natural loss in the mixed one, in [0, 1]."""
+
+    @property
+    def crown_share(self) -> float | Tensor:
+        """β of CROWN-IBP bounds, in [0, 1]."""
+
+    @property
+    def box_regularizers(self) -> float | Tensor:
+        """Of the two regularisers of boxes, at least 0."""
+
+
 class Losses:
     """Makes the losses of a step, each when it is asked for.
 
@@ -85,38 +105,40 @@ class Losses:
         self.objective, self.network = objective, network
         self.method, self.attack = method, attack
         self.stationarity = stationarity
-        self._by_name: dict[str, Callable[[Batch, Setting], Tensor]] = {
+        self._by_name: dict[str, Callable[[Batch, Shares], Tensor]] = {
             "natural": self.natural,
             "adversarial": self.adversarial,
             "certified": self.certified,
             "mixed": self.mixed,
         }
 
-    def of(self, names: Sequence[str], batch: Batch, now: Setting) -> Iterator[Tensor]:
+    def of(self, names: Sequence[str], batch: Batch, now: Shares) -> Iterator[Tensor]:
         """The losses of these names, 0-dim means over the batch."""
         return (self._by_name[name](batch, now) for name in names)
 
-    def natural(self, batch: Batch, now: Setting) -> Tensor:
+    def natural(self, batch: Batch, now: Shares) -> Tensor:
         """The cross entropy at the clean inputs."""
 
         def loss(network: nn.Module) -> Tensor:
             with clean_statistics(network, batch.x) as logits:
-                return F.cross_entropy(logits(), batch.labels)
+                return F.cross_entropy(logits().float(), batch.labels)
 
         return self.objective(loss)
 
-    def adversarial(self, batch: Batch, now: Setting) -> Tensor:
+    def adversarial(self, batch: Batch, now: Shares) -> Tensor:
         """The cross entropy at adversarial examples, which are leaves with a gradient."""
-        x_adv = self.adversarial_examples(batch).requires_grad_()
-        self.stationarity.observe(batch.center, x_adv, batch.radius)
 
         def loss(network: nn.Module) -> Tensor:
             with clean_statistics(network, batch.x):
-                return F.cross_entropy(network(x_adv), batch.labels)
+                # In here the attack needs no clean pass of its own. It asks for the gradient of
+                # its input alone, so that none reaches the parameters or the statistics.
+                x_adv = self.adversarial_examples(network, batch).requires_grad_()
+                self.stationarity.observe(batch.center, x_adv, batch.radius)
+                return F.cross_entropy(network(x_adv).float(), batch.labels)
 
         return self.objective(loss)
 
-    def certified(self, batch: Batch, now: Setting) -> Tensor:
+    def certified(self, batch: Batch, now: Shares) -> Tensor:
         """The cross entropy of the worst margins in the box."""
 
         def loss(network: nn.Module) -> Tensor:
@@ -125,40 +147,44 @@ class Losses:
 
         return self.objective(loss)
 
-    def mixed(self, batch: Batch, now: Setting) -> Tensor:
+    def mixed(self, batch: Batch, now: Shares) -> Tensor:
         """κ natural + (1 - κ) certified (paper, equation 3), and the regularisers as they are."""
         share = now.natural_weight
 
         def loss(network: nn.Module) -> Tensor:
             with clean_statistics(network, batch.x) as logits:
                 total = torch.zeros((), device=batch.x.device)
-                if share > 0:
-                    total = total + share * F.cross_entropy(logits(), batch.labels)
-                if share < 1 or now.box_regularizers > 0:
+                if _some(share):
+                    total = total + share * F.cross_entropy(logits().float(), batch.labels)
+                if _some(1 - share) or _some(now.box_regularizers):
                     total = total + self._certified(network, batch, now, 1 - share)
                 return total
 
         return self.objective(loss)
 
     @torch.no_grad()
-    def adversarial_examples(self, batch: Batch) -> Tensor:
-        """Found by the method's attack on the layers that train; detached, like ``batch.x``."""
+    def adversarial_examples(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Found by the method's attack; detached, like ``batch.x``.
+
+        Args:
+            network: the layers that train, with statistics where BatchNorm needs them.
+            batch: says where to look.
+        """
         steps, step, random_start = self.attack
         start = batch.start if random_start else torch.zeros_like(batch.start)
-        with clean_statistics(self.network, batch.x):
-            return attacks.pgd(
-                self.network,
-                batch.center,
-                batch.labels,
-                batch.radius,
-                start=start,
-                steps=steps,
-                step_size=step * batch.radius,
-                domain=batch.domain,
-            )
+        return attacks.pgd(
+            network,
+            batch.center,
+            batch.labels,
+            batch.radius,
+            start=start,
+            steps=steps,
+            step_size=step * batch.radius,
+            domain=batch.domain,
+        )
 
     def _certified(
-        self, network: nn.Module, batch: Batch, now: Setting, weight: float = 1.0
+        self, network: nn.Module, batch: Batch, now: Shares, weight: float | Tensor = 1.0
     ) -> Tensor:
         return certified_loss(
             network,
@@ -168,3 +194,8 @@ class Losses:
             box_regularizers=now.box_regularizers,
             weight=weight,
         )
+
+
+def _some(weight: float | Tensor) -> bool:
+    """Whether there is anything of a part with this weight."""
+    return isinstance(weight, Tensor) or weight > 0

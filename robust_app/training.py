@@ -2,57 +2,31 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mogd import Threshold, UnbiasedMultiGradient, parallel
-from robust_app import batch_norm, batches, data, methods, models
+from robust_app import batch_norm, batches, data, methods, precision
 from robust_app.attacks import uniform_start
+from robust_app.compilation import CompiledLosses
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError
 from robust_app.evaluation import CHUNK, standard_and_certified
+from robust_app.execution import Eager, Report, Values
 from robust_app.fosc import Stationarity
-from robust_app.initialization import ibp_initialization
 from robust_app.layerwise import split
 from robust_app.losses import Objective
-from robust_app.schedules import Setting, setting
+from robust_app.networks import build_network
+from robust_app.schedules import Phase, setting
 from robust_app.steps import Batch, Losses
-
-
-class Watcher(Protocol):
-    """Who is told how training goes."""
-
-    def batch(self, epoch: int, batch: int, batches: int, now: Setting, means: "Means") -> None:
-        """After each step; ``means`` of the epoch so far stay on the device until asked for."""
-
-    def epoch(self, metrics: dict[str, Any]) -> None:
-        """After each epoch is saved, with its line of ``metrics.jsonl``."""
-
-
-@dataclass
-class Means:
-    """Averages over an epoch of what its steps report, kept on the device."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, **values: Tensor) -> None:
-        """Count one step's values, each 0-dim."""
-        for name, value in values.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def read(self, over: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]:
-        """The averages of this process, or over what ``over`` takes them to; asks the device."""
-        return {name: float(over(total / self.counts[name])) for name, total in self.sums.items()}
+from robust_app.watching import Means as Means
+from robust_app.watching import Watcher
 
 
 class Trainer:
@@ -62,18 +36,25 @@ class Trainer:
         config: the run; the same config gives the same bits on the same machine.
         dataset: what to train on; the test part is not touched.
         world: the processes that share the work.
+        execution: how steps are run; one of :data:`robust_app.capture.EXECUTIONS`. It changes
+            what the run computes by rounding alone.
 
     Attributes:
         network: all layers, also those that a layer-wise stage has frozen.
         stage: 0 while all of them train, s in the s-th layer-wise stage.
 
     Raises:
-        UserError: if a name is unknown, the method does not fit the configuration, or the data do
-            not fit the model or the batch size.
+        UserError: if a name is unknown, the method does not fit the configuration, the data do
+            not fit the model or the batch size, or the device does not fit the precision or the
+            execution.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, world: World) -> None:
+    def __init__(
+        self, config: Config, dataset: Dataset, world: World, execution: type[Eager] = Eager
+    ) -> None:
         methods.check(config)
+        precision.check(config.precision, world.device)
+        execution.check(world)
         if config.batch_size % world.size:
             raise UserError(
                 f"batch_size: expected a multiple of the {world.size} processes, "
@@ -81,7 +62,7 @@ class Trainer:
             )
         if config.batch_norm and config.batch_size < 2:
             raise UserError("batch_size: expected at least 2 with batch_norm, found 1")
-        self.config, self.world = config, world
+        self.config, self.world, self.execution = config, world, execution
         self.method = methods.find(config.method)
         parts = data.split(dataset, config.held_out, config.seed)
         self.x, self.labels, self.held_out_x, self.held_out_labels = (
@@ -93,7 +74,9 @@ class Trainer:
                 f"found {config.batch_size}"
             )
         torch.manual_seed(config.seed)
-        self.network = build_network(config, dataset, trainable=True).to(world.device)
+        self.memory_format = precision.memory_format(config.precision, world.device)
+        network = build_network(config, dataset, trainable=True)
+        self.network = network.to(world.device).to(memory_format=self.memory_format)
         split(self.network, config.stages)  # refuses a stage beyond the last layer now
         self.stationarity = Stationarity()
         self.priority = Threshold(self.stationarity, limit=config.fosc_maximum)
@@ -112,14 +95,16 @@ class Trainer:
         self.frozen = before.requires_grad_(False).eval()
         with torch.no_grad():
             self.input_shape = self.frozen(batches.as_float(self.x[:1])).shape[1:]
-        self.losses = Losses(
-            self.world.wrap(Objective(trained)),
+        make_losses = CompiledLosses if self.execution.compiles else Losses
+        objective = self.world.wrap(Objective(trained))
+        self.losses = make_losses(
+            precision.of_losses(objective, self.config.precision, self.world.device),
             trained,
             self.method,
             self.method.attack(self.config),
             self.stationarity,
         )
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = self._adam_options()
         if self.config.authors_weights:
             options["weigh_by"] = [next(trained.parameters())]
         rule = self.method.rule or methods.ones
@@ -130,8 +115,18 @@ class Trainer:
             moment_decay=self.config.moment_decay,
             rule=rule(self.config),
             priority=self.priority,
+            nonfinite="skip" if self._on_gpu else "raise",  # to raise, it would have to look
             **options,
         )
+        self.run_step = self.execution(self._step, self.world.device)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.world.device.type == "cuda"
+
+    def _adam_options(self) -> dict[str, Any]:
+        """The implementation that does not wait for the device."""
+        return {"fused": self._on_gpu, "capturable": self._on_gpu and self.execution.captures}
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes from epoch to epoch."""
@@ -151,7 +146,9 @@ class Trainer:
         epochs_done = state["epochs_done"]
         self.begin_stage(setting(self.config, max(epochs_done - 1, 0)).stage)
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # A run may continue on another device or by another execution.
+        groups = [group | self._adam_options() for group in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.epochs_done = epochs_done
 
     def certifiable(self) -> nn.Module:
@@ -176,21 +173,21 @@ class Trainer:
         self.losses.network.train()
         for number, (x, labels, start) in enumerate(self._batches(epoch)):
             now = setting(self.config, epoch + number / steps)
-            epsilon = torch.full((), now.epsilon, device=self.world.device)
-            if self.stage == 0:
-                batch = Batch.of_images(x, labels, start, epsilon)
-            else:
-                batch = Batch.of_hidden(self.frozen, x, labels, start, epsilon)
             try:
-                self._step(batch, now, means)
+                with precision.of_step(self.config.precision):
+                    means.add(self.run_step(now, x, labels, start))
             except FloatingPointError as error:
                 raise _diverged(f"epoch {epoch + 1}, batch {number + 1}: {error}") from error
-            watcher.batch(epoch, number + 1, steps, now, means)
+            watcher.batch(epoch, number + 1, steps, now, Means() if self._on_gpu else means)
         averages = means.read(over=parallel.average)
-        # The optimizer looks at both losses of each joint step; single ones are looked at here.
+        # On the CPU the optimizer has looked at each joint step; all else is looked at here.
         finite = all(parameter.isfinite().all() for parameter in self.network.parameters())
         if not finite or not all(map(math.isfinite, averages.values())):
             raise _diverged(f"epoch {epoch + 1}: a mean loss or a parameter is not finite")
+        if self.optimizer.skipped:
+            raise _diverged(
+                f"epoch {epoch + 1}: {self.optimizer.skipped} gradients were not finite"
+            )
         self._estimate_statistics()
         self.epochs_done += 1
         return {
@@ -225,35 +222,43 @@ class Trainer:
         start = uniform_start(torch.empty(shape, device=self.world.device), generator)
         return start.expand(count, *self.input_shape)
 
-    def _step(self, batch: Batch, now: Setting, means: Means) -> None:
+    def _step(
+        self, phase: Phase, values: Values, x: Tensor, labels: Tensor, start: Tensor
+    ) -> Report:
+        """One step of training; see :class:`robust_app.execution.Step`."""
+        x = x.contiguous(memory_format=self.memory_format)
+        if self.stage == 0:
+            batch = Batch.of_images(x, labels, start, values.epsilon)
+        else:
+            batch = Batch.of_hidden(self.frozen, x, labels, start, values.epsilon)
         for group in self.optimizer.param_groups:
-            group["lr"] = now.learning_rate
-        self.priority.limit = now.fosc_threshold
-        names = methods.losses_of(self.method, now.phase)
-        losses = self.losses.of(names, batch, now)
+            group["lr"] = values.learning_rate
+        self.priority.limit = values.fosc_threshold  # type: ignore[assignment]  # compares alike
+        names = methods.losses_of(self.method, phase)
+        losses = self.losses.of(names, batch, values)
         self.optimizer.zero_grad()
         if len(names) == 1:
             loss = next(losses)
             torch.autograd.backward(loss)
-            means.add(**{f"{names[0]}_loss": loss})
+            report = {f"{names[0]}_loss": loss.detach()}
         else:
-            self._joint_backward(names, losses, means)
+            report = self._joint_backward(names, losses)
         if self.config.gradient_clip < math.inf:
             nn.utils.clip_grad_norm_(self.losses.network.parameters(), self.config.gradient_clip)
         self.optimizer.step()
+        return report
 
-    def _joint_backward(
-        self, names: tuple[str, ...], losses: Iterator[Tensor], means: Means
-    ) -> None:
+    def _joint_backward(self, names: tuple[str, ...], losses: Iterator[Tensor]) -> Report:
         """Both losses, weighed by their past."""
         record = self.optimizer.backward(losses)
         assert record is not None  # only None while accumulating
+        report = {}
         for index, name in enumerate(names):
-            means.add(
-                **{f"{name}_loss": record.losses[index], f"{name}_weight": record.weights[index]}
-            )
-        means.add(conflicts=record.conflict)
-        means.add(certified_first=record.conflict & (record.prioritized == 1))
+            report[f"{name}_loss"] = record.losses[index]
+            report[f"{name}_weight"] = record.weights[index]
+        report["conflicts"] = record.conflict
+        report["certified_first"] = record.conflict & (record.prioritized == 1)
+        return report
 
     def _estimate_statistics(self) -> None:
         """BatchNorm's statistics over the training images, for evaluation.
@@ -289,28 +294,3 @@ def _diverged(where: str) -> UserError:
         f"training diverged in {where}; the checkpoint before it is whole "
         "(try a lower learning_rate)"
     )
-
-
-def build_network(config: Config, dataset: Dataset, *, trainable: bool = False) -> nn.Sequential:
-    """The network of a run.
-
-    Args:
-        config: names the model.
-        dataset: the images it is for.
-        trainable: as training begins, initialised from torch's current seed and with BatchNorm if
-            the config asks for it; else as it is saved, without BatchNorm.
-
-    Raises:
-        UserError: if the model is unknown or the images do not fit it.
-    """
-    network = models.build(
-        config.model,
-        input_shape=dataset.image_shape,
-        classes=dataset.classes,
-        mean=dataset.mean,
-        std=dataset.std,
-        batch_norm=trainable and config.batch_norm,
-    )
-    if trainable and config.ibp_initialization:
-        ibp_initialization(network)
-    return network

@@ -9,8 +9,10 @@ from robust_app import checkpoint, data, recipes
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
+from robust_app.methods import METHODS
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
+from robust_app.schedules import Phase, Setting
 from robust_app.session import run
 from robust_app.training import Trainer
 
@@ -62,6 +64,34 @@ NEEDED = {
     "advcrown-ibp": {"crown_share": (0.5, 0.5)},
 }
 SHI = {"batch_norm": True, "ibp_initialization": True, "box_regularizers": 0.5}
+
+
+A_MOMENT = Setting(
+    phase=Phase.MAIN,
+    epsilon=0.05,
+    fosc_threshold=0.01,
+    learning_rate=0.1,
+    natural_weight=0.5,
+    crown_share=0.0,
+    box_regularizers=0.0,
+)
+
+
+def changing_runs(**changes: object) -> dict[str, Config]:
+    """Three epochs in which phases, ε, shares and weights change: each method and other kinds."""
+    ramp = {"epochs": 3, "natural_epochs": 0.5, "ramp_epochs": 1.5, "batch_size": 16}
+    kinds = {method: {"method": method, **NEEDED.get(method, {})} for method in METHODS}
+    kinds["joint with batch norm"] = {"method": "advibp", "adversarial_epochs": 0.5, **SHI}
+    kinds["mixed with batch norm"] = {"method": "crown-ibp", "crown_share": (1.0, 0.0), **SHI}
+    kinds["authors"] = {"method": "advibp", "authors_weights": True, "certified_ramp": True}
+    kinds["one start"] = {"method": "pgd", "one_start_per_batch": True, "augment": True}
+    return {
+        name: dataclasses.replace(full_strength(**(ramp | kind | changes)), held_out=48)
+        for name, kind in kinds.items()
+    }
+
+
+CHANGING = changing_runs()
 
 
 def assert_same_files(one: Path, other: Path) -> None:

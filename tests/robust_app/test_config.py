@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from robust_app import recipes
 from robust_app.config import Config, override, with_epochs
 from robust_app.errors import UserError, unknown
+from robust_app.precision import PRECISIONS
 
 DIGITS = recipes.load("digits")
 RECIPES = {recipes.load(name) for name in recipes.names() if "-table-f-" not in name}
@@ -55,6 +56,7 @@ configs = st.builds(
     gradient_clip=st.floats(0, exclude_min=True),
     augment=st.booleans(),
     crop_padding=counts,
+    precision=st.sampled_from(PRECISIONS),
     held_out=counts,
     pgd_steps=counts,
     pgd_restarts=counts,
@@ -124,6 +126,8 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("certified_ramp", 1.0, "true or false"),
         ("authors_weights", None, "true or false"),
         ("one_start_per_batch", 1, "true or false"),
+        ("precision", "fp16", "float32, tf32 or bf16"),
+        ("precision", 32, "float32, tf32 or bf16"),
         ("natural_weight", 0.5, "two numbers in [0, 1]"),
         ("natural_weight", (1, 0, 0), "two numbers in [0, 1]"),
         ("natural_weight", (1, -0.1), "two numbers in [0, 1]"),

@@ -60,6 +60,21 @@ def test_one_gradient_alone(wanted):
     torch.testing.assert_close(gradient, other)
 
 
+@pytest.mark.parametrize(("fused", "arguments"), [(relu_box, boxes), (split_by_sign, bounds)])
+def test_backward_passes_can_be_vectorised(fused, arguments):
+    """As libraries do that need the gradients of several losses at once."""
+    inputs = arguments(0)
+    outputs = fused(*inputs)
+    for index in range(2):
+        several = torch.randn(5, *outputs[index].shape, dtype=torch.float64)
+        batched = torch.autograd.grad(
+            outputs[index], inputs, several, retain_graph=True, is_grads_batched=True
+        )
+        for number, one in enumerate(several):
+            alone = torch.autograd.grad(outputs[index], inputs, one, retain_graph=True)
+            torch.testing.assert_close([part[number] for part in batched], list(alone))
+
+
 def test_ends_at_0_pass_no_gradient_on():
     center = torch.tensor([1.0, -1.0, 0.0], requires_grad=True)
     radius = torch.tensor([1.0, 1.0, 0.0], requires_grad=True)

@@ -7,9 +7,9 @@ import torch
 
 from robust_app import checkpoint, data, recipes
 from robust_app.errors import UserError
+from robust_app.networks import build_network
 from robust_app.run_directory import RunDirectory
 from robust_app.session import FORMAT, Examination, ends_stage, load_network, measure
-from robust_app.training import build_network
 
 DIGITS = recipes.load("digits")
 

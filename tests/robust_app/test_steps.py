@@ -169,7 +169,9 @@ def test_no_loss_looks_at_a_value(name):
     labels = torch.zeros(5, dtype=torch.int64, device="meta")
     batch = Batch.of_images(x, labels, start, torch.full((), EPSILON, device="meta"))
     losses = losses_of(network, "advcrown-ibp")
-    loss = only(losses, name, batch, now(box_regularizers=0.5))
+    shares = {"natural_weight": 0.5, "crown_share": 0.25, "box_regularizers": 0.5}
+    on_device = {key: torch.full((), share, device="meta") for key, share in shares.items()}
+    loss = only(losses, name, batch, now(**on_device))
     loss.backward()
     assert loss.shape == ()
     if name == "adversarial":
@@ -244,7 +246,7 @@ class Recorder(nn.Module):
 @settings(max_examples=15)
 def test_attacks_start_step_and_stay_as_they_say(attack, asked, random, seed, epsilon):
     network, batch = Recorder(small_network(seed=seed)), small_batch(epsilon, seed)
-    x_adv = losses_of(network, attack=attack).adversarial_examples(batch)
+    x_adv = losses_of(network, attack=attack).adversarial_examples(network, batch)
 
     assert len(network.asked) == asked
     start = (batch.x + epsilon * batch.start).clamp(0, 1) if random else batch.x
@@ -263,7 +265,7 @@ def test_attacks_start_step_and_stay_as_they_say(attack, asked, random, seed, ep
 
 def test_an_attack_leaves_no_gradient_behind():
     network, batch = small_network(), small_batch()
-    x_adv = losses_of(network).adversarial_examples(batch)
+    x_adv = losses_of(network).adversarial_examples(network, batch)
     assert not x_adv.requires_grad
     assert all(parameter.grad is None for parameter in network.parameters())
 
@@ -283,7 +285,8 @@ def hidden(seed: int) -> tuple[nn.Sequential, Batch]:
 def test_hidden_adversarial_examples_stay_in_the_box_and_leave_the_domain_of_images(seed, steps):
     after, batch = hidden(seed)
     network = Recorder(after)
-    x_adv = losses_of(network, attack=Attack(steps=steps, step=1.25)).adversarial_examples(batch)
+    losses = losses_of(network, attack=Attack(steps=steps, step=1.25))
+    x_adv = losses.adversarial_examples(network, batch)
     torch.testing.assert_close(network.asked[0], batch.center + batch.radius * batch.start)
     for iterate in (*network.asked, x_adv):
         assert (iterate >= batch.box.lower - 1e-6).all()
@@ -352,3 +355,19 @@ def test_gradients_flow_through_the_clean_statistics():
         only(losses_of(network), name, batch).backward()
         assert network[1].bias.grad.abs().max() < 1e-5  # rounding
         assert network[1].weight.grad.abs().max() > 1e-2
+
+
+def test_an_attack_needs_no_clean_pass_of_its_own():
+    """With BatchNorm three passes: the clean images, the attack, what it found."""
+    network, batch = small_network(batch_norm=True), small_batch()
+    with torch.no_grad(), clean_statistics(network, batch.x):
+        expected = losses_of(network).adversarial_examples(network, batch)
+    passes = []
+    network[1].register_forward_hook(lambda *_: passes.append(1))
+    losses = losses_of(network)
+    loss = only(losses, "adversarial", batch)
+    assert passes == [1, 1, 1]
+    assert torch.equal(losses.stationarity.x_adv, expected)
+    assert all(parameter.grad is None for parameter in network.parameters())
+    loss.backward()  # what the attack differentiated is whole
+    assert all(parameter.grad is not None for parameter in network.parameters())

@@ -254,3 +254,18 @@ def seen_of(seen):
         return part
 
     return look
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_without_one():
+    """Whose optimizer was of another implementation and kept its learning rate on the device."""
+    config = full_strength("advibp", epochs=2)
+    first, second, unbroken = (Trainer(config, few_digits(), ALONE) for _ in range(3))
+    first.train_epoch(Silent())
+    state = first.state_dict()
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"fused": True, "capturable": True, "lr": torch.tensor(1.0)}
+    second.load_state_dict(state)
+    second.train_epoch(Silent())
+    for _ in range(2):
+        unbroken.train_epoch(Silent())
+    assert torch.equal(parameters_of(second), parameters_of(unbroken))

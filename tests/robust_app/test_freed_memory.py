@@ -8,7 +8,7 @@ import pytest
 # the memory grows until the freed pieces fit together.
 PROGRAM = """
 import resource, torch
-from robust_app.memory import keep_freed_memory
+from robust_app.freed_memory import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,0 +1,118 @@
+"""What is computed in fewer digits, and what never is."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust_app import precision
+from robust_app.distributed import join
+from robust_app.errors import UserError
+from robust_app.evaluation import standard_and_certified
+from robust_app.interval import Interval
+from robust_app.margins import margins_after
+from robust_app.networks import build_network
+from robust_app.reporting import Silent
+from robust_app.training import Trainer
+from tests.robust_app.runs import ALONE, few_digits, full_strength, parameters_of, trained
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def products() -> tuple[str, str]:
+    return (
+        torch.backends.cudnn.conv.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision,
+    )
+
+
+def test_tf32_is_for_the_steps_of_a_run_alone():
+    with join("cpu"):
+        assert products() == ("ieee", "ieee")
+        with precision.of_step("tf32"):
+            assert products() == ("tf32", "tf32")
+        assert products() == ("ieee", "ieee")
+        with pytest.raises(RuntimeError), precision.of_step("tf32"):
+            raise RuntimeError
+        assert products() == ("ieee", "ieee")
+        for other in ("float32", "bf16"):
+            with precision.of_step(other):
+                assert products() == ("ieee", "ieee")
+
+
+def test_tf32_needs_a_gpu():
+    precision.check("tf32", GPU)
+    with pytest.raises(UserError, match=r"^precision: tf32 needs a GPU, found cpu$"):
+        Trainer(full_strength("advibp", precision="tf32"), few_digits(), ALONE)
+
+
+def test_channels_come_last_for_tensor_cores_alone():
+    last = {
+        (name, device.type)
+        for name in precision.PRECISIONS
+        for device in (CPU, GPU)
+        if precision.memory_format(name, device) is torch.channels_last
+    }
+    assert last == {("tf32", "cuda"), ("bf16", "cuda")}
+
+
+@pytest.mark.parametrize("method", ["natural", "advibp", "ibp", "advcrown-ibp"])
+def test_bf16_rounds_the_products_of_training_and_nothing_that_is_kept(method):
+    runs = [
+        Trainer(full_strength(method, precision=name), few_digits(), ALONE)
+        for name in ("float32", "bf16")
+    ]
+    metrics = [[run.train_epoch(Silent()) for _ in range(3)] for run in runs]
+    exact, rounded = map(parameters_of, runs)
+    assert not torch.equal(exact, rounded)
+    for (name, loss), other in zip(metrics[0][-1].items(), metrics[1][-1].values(), strict=True):
+        if name.endswith("_loss"):
+            assert other == pytest.approx(loss, rel=0.05)
+            assert other < metrics[1][0][name]
+    state = runs[1].optimizer.state_dict()
+    kept = list(runs[1].network.parameters())
+    if state["moments"] is not None:
+        kept += state["moments"]["exp_avg"].values()
+    kept += [value for adam in state["state"].values() for value in adam.values()]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+    seen = runs[1].losses.stationarity
+    if seen.x_adv is not None:
+        assert seen.x_adv.dtype is seen.x_adv.grad.dtype is torch.float32
+
+
+def test_held_out_errors_are_those_of_the_saved_network_in_float32(tmp_path):
+    config = full_strength("advibp", epochs=2, precision="bf16", epsilon=0.01)
+    trainer = trained(config, tmp_path, (2,), few_digits())
+    network = build_network(config, few_digits()).eval()
+    network.load_state_dict(torch.load(tmp_path / "last.pt", weights_only=True)["network"])
+    x, labels = trainer.held_out_x, trainer.held_out_labels
+    wrong, proved = standard_and_certified(network, x, labels, config.evaluation_epsilon).tolist()
+    measured = trainer._measure()
+    assert measured["standard_error"] == 100 * wrong / len(x)
+    assert measured["verified_error"] == 100 * (len(x) - proved) / len(x)
+
+
+def test_bf16_is_on_in_the_losses_and_off_in_what_measures():
+    config = full_strength("advibp", batch_norm=True, precision="bf16")
+    trainer = Trainer(config, few_digits(), ALONE)
+    seen: list[tuple[str, torch.dtype]] = []
+
+    def look(layer: nn.Module, _: object, output: Tensor) -> None:
+        where = "trains" if torch.is_autocast_enabled("cpu") else "measures"
+        seen.append((where, output.dtype))
+
+    trainer.network[0].register_forward_hook(look)  # copied with the network that is measured
+    trainer.train_epoch(Silent())
+    assert {dtype for where, dtype in seen if where == "measures"} == {torch.float32}
+    assert {dtype for where, dtype in seen if where == "trains"} == {torch.bfloat16}
+    measures = [where for where, _ in seen].index("measures")
+    assert all(where == "measures" for where, _ in seen[measures:])
+
+
+def test_margins_are_summed_in_float32():
+    """A difference that bfloat16 cannot hold decides an example."""
+    last = nn.Linear(1, 2, bias=False)
+    last.weight.data = torch.tensor([[1.0], [1.001]])
+    box = Interval(torch.ones(1, 1), torch.zeros(1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        margins = margins_after(last, box, torch.tensor([1]))
+    torch.testing.assert_close(margins, torch.tensor([[0.001, 0.0]]), rtol=1e-3, atol=0)
