@@ -13,7 +13,7 @@ Gradients = dict[Tensor, Tensor]
 """The gradient of one loss by parameter; a parameter that is absent has a zero gradient."""
 
 # Elements cast to float64 at a time:
-BLOCK = 1 << 16  # what stays in a processor's cache
+BLOCK = 1 << 17  # what stays in a processor's cache
 GPU_BLOCK = 1 << 22  # few launches
 
 

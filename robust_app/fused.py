@@ -1,8 +1,7 @@
 """The elementwise work of bounds, each piece as one autograd node.
 
 Between the products of a network, bounds are limited by memory: autograd would save and pass over
-many tensors of a layer's size. These save one or two, and work in place where nobody can see it
-(backward passes may be vectorised, and cannot).
+many tensors of a layer's size. These save one or two, and work in place where nobody can see it.
 """
 
 from typing import Any
@@ -40,10 +39,10 @@ class _ReluBox(torch.autograd.Function):
     def backward(ctx: Any, of_center: Tensor, of_radius: Tensor) -> tuple[Tensor, Tensor]:
         center, radius = ctx.saved_tensors
         # An end passes its gradient on where it is above 0, after the ReLU as before it.
-        of_upper = _where_above_0(of_center + of_radius, center)
         of_lower = _where_above_0(of_center - of_radius, center - radius)
+        of_upper = _where_above_0(of_center + of_radius, center)
         new_of_center = torch.lerp(of_lower, of_upper, 0.5)
-        return new_of_center, of_upper - new_of_center
+        return new_of_center, of_upper.sub_(new_of_center)
 
 
 def split_by_sign(

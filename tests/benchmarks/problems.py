@@ -117,15 +117,12 @@ def mogd(problem: Problem) -> Step:
 def torchjd(problem: Problem, aggregator: str) -> Step:
     """TorchJD as its documentation shows it: ``backward``, ``jac_to_grad``, step with Adam.
 
-    One loss at a time: its default, ``torch.vmap`` over the losses, does not go through the
-    backward pass that the certified loss brings along.
-
     Args:
         problem: stepped on in place.
         aggregator: name of a class in ``torchjd.aggregation``.
     """
     optimizer = torch.optim.Adam(problem.parameters, lr=LEARNING_RATE)
-    aggregate = torchjd_aggregation(problem.parameters, aggregator, chunk=1)
+    aggregate = torchjd_aggregation(problem.parameters, aggregator)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -138,7 +135,6 @@ def torchjd(problem: Problem, aggregator: str) -> Step:
 def torchjd_aggregation(
     parameters: list[nn.Parameter],
     aggregator: str,
-    chunk: int | None = None,
     *,
     thrifty: bool = False,
 ) -> Callable[[list[Tensor]], None]:
@@ -147,7 +143,6 @@ def torchjd_aggregation(
     Args:
         parameters: what all losses depend on.
         aggregator: name of a class in ``torchjd.aggregation``.
-        chunk: its ``parallel_chunk_size``; None differentiates all losses at once.
         thrifty: its ``optimize_gramian_computation``, which holds no copy of the Jacobian.
     """
     from torchjd import aggregation, autojac  # only the benchmarks need it
@@ -155,7 +150,7 @@ def torchjd_aggregation(
     rule = getattr(aggregation, aggregator)()
 
     def aggregate(losses: list[Tensor]) -> None:
-        autojac.backward(losses, inputs=parameters, parallel_chunk_size=chunk)
+        autojac.backward(losses, inputs=parameters)
         autojac.jac_to_grad(parameters, rule, optimize_gramian_computation=thrifty)
 
     return aggregate

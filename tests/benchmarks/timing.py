@@ -8,6 +8,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 Step = Callable[[], object]
+WARM_UP = 3  # calls
 
 
 class Summary(NamedTuple):
@@ -43,7 +44,8 @@ def in_turns(sides: Mapping[str, Step], rounds: int, least: float = 0.0) -> dict
     """Seconds of a call of each side, once a round.
 
     Every other round goes backwards, so that no side always follows the same one. Before each
-    measurement ``torch.utils.benchmark`` calls the side once unmeasured.
+    measurement ``torch.utils.benchmark`` calls the side once unmeasured, and before all of them
+    each side is called a few times in turns: memory settles only after some steps.
 
     Args:
         sides: what to call, by name.
@@ -56,6 +58,8 @@ def in_turns(sides: Mapping[str, Step], rounds: int, least: float = 0.0) -> dict
         name: Timer("step()", globals={"step": step}, num_threads=threads)
         for name, step in sides.items()
     }
+    for step in WARM_UP * list(sides.values()):
+        step()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in sides if turn % 2 == 0 else reversed(sides):
