@@ -5,7 +5,6 @@ leave the range of float32.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -82,15 +81,16 @@ class Moments:
 
     def _include(self, parameters: Iterable[Tensor]) -> None:
         """Give parameters that are new a past of zeros."""
-        known = len(self._parameters)
-        self._parameters.update(dict.fromkeys(parameters))
-        if len(self._parameters) == known:
+        new = [parameter for parameter in parameters if parameter not in self._parameters]
+        if not new:
             return
+        past = self._by_parameter()
+        self._parameters.update(dict.fromkeys(new))
         self._groups = groups(self._parameters)
-        self._exp_avgs = [
-            _grown(past, group, self.losses)
-            for group, past in zip_longest(self._groups, self._exp_avgs)
-        ]
+        self._exp_avgs = [_zeros(group, self.losses) for group in self._groups]
+        for parameter, exp_avg in self._by_parameter().items():
+            if parameter in past:
+                exp_avg.copy_(past[parameter])
 
     def _by_parameter(self) -> dict[Tensor, Tensor]:
         """m̂ of each parameter, ``(K, entries)``, views in order of first appearance."""
@@ -205,16 +205,10 @@ def _vector(gradients: Gradients, group: Sequence[Tensor]) -> Tensor | None:
     )
 
 
-def _grown(past: Tensor | None, group: Sequence[Tensor], losses: int) -> Tensor:
-    """m̂ of a group, at least float32; parameters that it did not hold before have a past of 0."""
-    entries = sum(map(_entries, group))
-    if past is not None and past.shape[1] == entries:
-        return past
+def _zeros(group: Sequence[Tensor], losses: int) -> Tensor:
+    """m̂ of a group, real and at least float32."""
     dtype = torch.promote_types(group[0].dtype.to_real(), torch.float32)
-    grown = torch.zeros(losses, entries, dtype=dtype, device=group[0].device)
-    if past is not None:
-        grown[:, : past.shape[1]] = past
-    return grown
+    return torch.zeros(losses, sum(map(_entries, group)), dtype=dtype, device=group[0].device)
 
 
 def _entries(parameter: Tensor) -> int:

@@ -23,11 +23,7 @@ def block_size(tensor: Tensor) -> int:
 
 
 def groups(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors to join to one vector: small ones of a dtype and device up to a block, else alone.
-
-    More tensors at the end leave the groups of those before them as they are, but for additions at
-    a group's end.
-    """
+    """Tensors to join to one vector: small ones of a dtype and device up to a block, else alone."""
     made: list[list[Tensor]] = []
     unfilled: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], int]] = {}
     for tensor in tensors:
@@ -44,13 +40,13 @@ def groups(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def blocks(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """All entries as real vectors of at most a block; not copied but for small tensors."""
+    """All entries as real vectors of at most a block; large contiguous tensors are not copied."""
     for group in groups(tensors):
         yield from torch.split(joined(group), block_size(group[0]))
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The entries of all tensors as one real vector; that of a single tensor is not copied."""
+    """The entries of all tensors as one real vector; of a single contiguous one, a view."""
     reals = [_real(tensor) for tensor in tensors]
     vector: Tensor = _flatten_dense_tensors(reals)  # type: ignore[no-untyped-call]
     return vector

@@ -53,7 +53,7 @@ class Threshold:
 
     Args:
         measure: function of the losses, shape ``(K,)``, that returns a 0-dim tensor.
-        limit: the largest value at which the first loss goes first.
+        limit: the largest value at which the first loss goes first; a number or a 0-dim tensor.
 
     >>> gap = Threshold(lambda losses: losses[1] - losses[0], limit=0.5)
     >>> gap(torch.tensor([1.0, 1.2])), gap(torch.tensor([1.0, 2.0]))
@@ -61,7 +61,7 @@ class Threshold:
     """
 
     measure: Callable[[Tensor], Tensor]
-    limit: float
+    limit: float | Tensor
 
     def __call__(self, losses: Tensor) -> Tensor:
         return (self.measure(losses) > self.limit).long()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mogd import parallel
 from mogd.parallel import world_size
+from robust_app.precision import at_least_float32
 
 _NO_STATISTICS = (
     "BatchNorm in training mode has no statistics to normalise by: enter"
@@ -237,7 +238,7 @@ def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if x[:, 0].numel() * world_size() < 2:
         raise ValueError(f"a clean batch needs more than one value per channel, got {x.shape}")
     # In float32 at least, also where autocast has made x a half.
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
     if world_size() == 1:
         return mean, variance

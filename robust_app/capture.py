@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,8 +66,8 @@ class Captured(Eager):
         return self.step(phase, self._values, x, labels, start)
 
     def warm_up(self, run: Callable[[], Report]) -> Report:
-        """Run a step on a stream of its own, as torch asks for before a capture."""
-        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        """Run a step on the stream of the captures, as torch asks for before one."""
+        side = self._side_stream
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*without CUDA graph capture", UserWarning)
@@ -81,9 +82,15 @@ class Captured(Eager):
             What does it, and the tensors in which it then leaves its report.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self._side_stream):
             report = run()
         return graph.replay, report
+
+    @cached_property
+    def _side_stream(self) -> torch.cuda.Stream:
+        """One for all: memory that one stream has used is not given to another."""
+        stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return stream
 
 
 EXECUTIONS: Mapping[str, type[Eager]] = {kind.name: kind for kind in (Eager, Captured, Compiled)}

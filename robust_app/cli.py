@@ -20,7 +20,6 @@ from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError, unknown
 from robust_app.freed_memory import keep_freed_memory
-from robust_app.precision import PRECISIONS
 from robust_app.reproduction import paper, plan
 from robust_app.reproduction.reproduce import Reproduction
 from robust_app.run_directory import RunDirectory, next_free
@@ -78,10 +77,6 @@ def train(
             "compile, its losses by torch.compile. A resumed run may change it."
         ),
     ] = "eager",
-    precision: Annotated[
-        str | None,
-        typer.Option(help=f"Of products in training, {', '.join(PRECISIONS)}; overrides."),
-    ] = None,
 ) -> None:
     """Train a network; with no options, AdvIBP on the embedded digits in about a minute."""
     if execution not in EXECUTIONS:
@@ -92,8 +87,6 @@ def train(
     stored = directory.config() if resume else None
     if stored is None:
         directory.check_free()
-    if precision is not None:
-        settings = [f"precision={precision}", *(settings or [])]
     config = _requested(stored, recipe, settings or [], epochs, seed)
     if stored is not None and config != stored:
         raise UserError(f"--resume: the run has {configs.differences(stored, config)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -100,6 +101,7 @@ class _Known(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         return None, None, *(None if part is None else slope * part for part in gradients)

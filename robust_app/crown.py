@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from robust_app.bounds import propagate
 from robust_app.interval import Interval
 from robust_app.margins import layer_inputs, margins_after
+from robust_app.precision import without_autocast
 from robust_app.pullback import LinearBound
 from robust_app.relaxation import Trace, is_relu, lower_bounds, select
 from robust_app.slopes import ascended, tightened
@@ -58,7 +59,8 @@ def crown_ibp_margins(network: nn.Module, interval: Interval, labels: Tensor) ->
 def crown_margins(trace: Trace, labels: Tensor) -> Tensor:
     """:func:`crown_ibp_margins` from boxes that are at hand already.
 
-    A mixture with the interval margins costs one interval pass:
+    A mixture with the interval margins costs one interval pass. The pass back, with its sums over
+    all neurons, is taken without autocast.
 
     >>> network, box = nn.Sequential(nn.Identity()), Interval.around(torch.zeros(1, 2), 0.25)
     >>> trace, labels = tuple(layer_inputs(network, box)), torch.tensor([0])
@@ -66,6 +68,14 @@ def crown_margins(trace: Trace, labels: Tensor) -> Tensor:
     >>> 0.5 * margins_after(*trace[-1], labels) + 0.5 * crown_margins(trace, labels)
     tensor([[ 0.0000, -0.2500]])
     """
+    boxes = [values for _, box in trace for values in (box.center, box.radius)]
+    with without_autocast(*boxes) as values:
+        intervals = map(Interval, values[::2], values[1::2])
+        layers = (layer for layer, _ in trace)
+        return _crown_margins(list(zip(layers, intervals, strict=True)), labels)
+
+
+def _crown_margins(trace: Trace, labels: Tensor) -> Tensor:
     outputs, batch = _outputs(trace), len(trace[0][1].center)
     if len(outputs) != 1 or labels.shape != (batch,):
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robust_app.errors import UserError
-from robust_app.precision import float32_products
+from robust_app.precision import products_in
 
 
 @dataclass(frozen=True)
@@ -81,24 +81,24 @@ def join(device: str) -> Iterator[World]:
     Args:
         device: ``"auto"`` for a GPU where there is one, or a name that ``torch.device`` knows.
 
-    Products of float32 are taken in float32 from here on, which torch does not ask of cuDNN.
+    Products of float32 are taken in float32 inside, which torch does not ask of cuDNN.
 
     Raises:
         UserError: if there is no such device here.
     """
-    float32_products()
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     chosen = _choose(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # also where streams and graphs are made
-    if size == 1:
-        yield World(0, 1, chosen)
-        return
-    torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield World(rank, size, chosen)
-    finally:
-        torch.distributed.destroy_process_group()
+    with products_in("float32"):
+        if size == 1:
+            yield World(0, 1, chosen)
+            return
+        torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        try:
+            yield World(rank, size, chosen)
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def _choose(name: str, local_rank: int) -> torch.device:

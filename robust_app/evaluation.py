@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from robust_app.attacks import falsified
 from robust_app.batches import as_float
+from robust_app.precision import products_in
 from robust_app.verifiers import VERIFIERS
 
 CHUNK = 1000  # images at a time: what fits in memory on any machine
@@ -89,6 +90,7 @@ class Contradiction(Exception):
 
 
 @torch.no_grad()
+@products_in("float32")
 def standard_and_certified(
     network: nn.Module,
     x: Tensor,
@@ -120,6 +122,7 @@ def standard_and_certified(
     return counts
 
 
+@products_in("float32")
 def evaluate(
     network: nn.Module,
     x: Tensor,

@@ -45,7 +45,7 @@ def certified_loss(
     inputs = list(layer_inputs(network, box))
     margins = margins_after(*inputs[-1], labels)
     if isinstance(crown_share, Tensor) or crown_share > 0:
-        margins = torch.lerp(margins, crown_margins(inputs, labels).to(margins), crown_share)
+        margins = torch.lerp(margins, crown_margins(inputs, labels), crown_share)
     loss = weight * F.cross_entropy(-margins, labels)
     if isinstance(box_regularizers, Tensor) or box_regularizers > 0:
         loss = loss + box_regularizers * regularization(inputs)

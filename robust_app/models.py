@@ -10,6 +10,7 @@ from torch import nn
 from robust_app.batch_norm import BatchNorm
 from robust_app.errors import UserError, unknown
 from robust_app.layers import Normalize
+from robust_app.small_patches import Conv2d
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def build(
                 f"images of {input_shape[1]}×{input_shape[2]} pixels are too small for {name}"
             )
         layers.append(
-            nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride, 1, bias=not batch_norm)
+            Conv2d(channels, conv.channels, conv.kernel, conv.stride, 1, bias=not batch_norm)
         )
         layers += _activation(conv.channels, batch_norm)
         channels = conv.channels

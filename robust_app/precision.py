@@ -5,6 +5,7 @@ Parameters, moments, Adam, FOSC, cross entropies and all that measures or certif
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +28,21 @@ def check(precision: str, device: torch.device) -> None:
 
 
 @contextmanager
-def of_step(precision: str) -> Iterator[None]:
-    """Around a whole step: with ``tf32`` its products on a GPU round their factors to 10 bits."""
-    if precision != "tf32":
-        yield
-        return
-    _products_in("tf32")
+def products_in(precision: str) -> Iterator[None]:
+    """How products of float32 are taken on a GPU inside: in TF32 for ``tf32``, else in float32.
+
+    TF32 rounds factors to 10 bits; torch lets cuDNN use it unless told otherwise.
+    """
+    backends: Any = torch.backends
+    kinds = (backends.cudnn.conv, backends.cuda.matmul)
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:
-        float32_products()
-
-
-def float32_products() -> None:
-    """Take products of float32 in float32 on a GPU too: TF32 is wrong in the third digit."""
-    _products_in("ieee")
+        for kind, setting in zip(kinds, before, strict=True):
+            kind.fp32_precision = setting
 
 
 def of_losses(objective: Objective, precision: str, device: torch.device) -> Objective:
@@ -71,16 +72,9 @@ def without_autocast(*values: Tensor) -> Iterator[list[Tensor]]:
         yield list(values)
         return
     with torch.autocast(kind, enabled=False):
-        yield [value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]
+        yield list(map(at_least_float32, values))
 
 
-def memory_format(precision: str, device: torch.device) -> torch.memory_format:
-    """What convolutions are fastest with: tensor cores want the channels last."""
-    if device.type == "cuda" and precision != "float32":
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def _products_in(precision: str) -> None:
-    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = precision
+def at_least_float32(x: Tensor) -> Tensor:
+    """Halves as float32, anything wider as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_weight
 
+from robust_app import small_patches
 from robust_app.batch_norm import BatchNorm
 from robust_app.layer_rules import IN_TRAINING, Rules
 from robust_app.layers import Normalize
@@ -92,51 +90,16 @@ def _linear(layer: nn.Linear, bound: LinearBound, shape: torch.Size) -> LinearBo
 def _conv2d(layer: nn.Conv2d, bound: LinearBound, shape: torch.Size) -> LinearBound:
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return pull_back_affine(layer, bound, shape)
-    # Where a patch is no larger than the outputs it makes, as in the first layer of most networks.
-    small_patches = layer.groups == 1 and layer.weight[0].numel() <= layer.out_channels
-    transposed = _transposed_by_patches if small_patches else _transposed
-    pulled = transposed(layer, bound.coefficients.flatten(0, 1), shape[-2:])
+    coefficients = bound.coefficients.flatten(0, 1)
+    if small_patches.applies(layer, coefficients):
+        geometry = small_patches.geometry_of(layer)
+        pulled = small_patches.transposed(coefficients, layer.weight, shape[-2:], geometry)
+    else:
+        pulled = _transposed(layer, coefficients, shape[-2:])
     constant = bound.constant
     if layer.bias is not None:
         constant = constant + bound.coefficients.flatten(3).sum(3) @ layer.bias
     return LinearBound(pulled.view(*bound.constant.shape, *shape), constant)
-
-
-def _transposed_by_patches(layer: nn.Conv2d, coefficients: Tensor, size: torch.Size) -> Tensor:
-    geometry = (layer.stride, layer.padding, layer.dilation)
-    pulled: Tensor = _TransposedByPatches.apply(coefficients, layer.weight, size, geometry)
-    return pulled
-
-
-class _TransposedByPatches(torch.autograd.Function):
-    """A transposed convolution whose forward pass is a product and a fold.
-
-    Convolutions from many channels to few are slow on a CPU, those from few to many are not: with
-    the backward pass of ``F.conv_transpose2d`` this takes half of its time there.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, coefficients: Tensor, weight: Tensor, size: torch.Size, geometry: Any
-    ) -> Tensor:
-        ctx.save_for_backward(coefficients, weight)
-        ctx.geometry = stride, padding, dilation = geometry
-        to_patch = weight.flatten(1).T.expand(len(coefficients), -1, -1)
-        patches = to_patch.bmm(coefficients.flatten(2))
-        return F.fold(patches, size, weight.shape[2:], dilation, padding, stride)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_pulled: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, weight = ctx.saved_tensors
-        of_coefficients = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_coefficients = F.conv2d(of_pulled, weight, None, *ctx.geometry)
-        if ctx.needs_input_grad[1]:
-            of_weight = conv2d_weight(  # type: ignore[no-untyped-call]
-                of_pulled, weight.shape, coefficients, *ctx.geometry
-            )
-        return of_coefficients, of_weight, None, None
 
 
 def _transposed(layer: nn.Conv2d, coefficients: Tensor, size: torch.Size) -> Tensor:

@@ -12,9 +12,9 @@ from rich.table import Column, Table
 
 from robust_app.evaluation import Errors
 from robust_app.schedules import Setting
-from robust_app.training import Means
+from robust_app.watching import Means
 
-REFRESH_SECONDS = 0.25  # reading the means waits for the device, so not after every batch
+REFRESH_SECONDS = 0.25  # reading the means takes time, so not after every batch
 
 
 class Silent:
@@ -65,7 +65,11 @@ class Live(Lines):
         self.refreshed = 0.0
 
     def batch(self, epoch: int, batch: int, batches: int, now: Setting, means: Means) -> None:
-        """Show losses, ε, c_t, weights and share of conflicts, a few times a second."""
+        """Show losses, ε, c_t, weights and share of conflicts, a few times a second.
+
+        On a GPU, where nothing waits for the device within an epoch, ``means`` are empty and the
+        batches are those that were launched.
+        """
         if time.monotonic() - self.refreshed < REFRESH_SECONDS and batch < batches:
             return
         self.refreshed = time.monotonic()

@@ -15,6 +15,7 @@ from robust_app.fosc import Stationarity
 from robust_app.interval import Interval
 from robust_app.losses import certified_loss
 from robust_app.methods import Attack, Method
+from robust_app.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Losses:
 
         def loss(network: nn.Module) -> Tensor:
             with clean_statistics(network, batch.x) as logits:
-                return F.cross_entropy(logits().float(), batch.labels)
+                return F.cross_entropy(at_least_float32(logits()), batch.labels)
 
         return self.objective(loss)
 
@@ -134,7 +135,7 @@ class Losses:
                 # its input alone, so that none reaches the parameters or the statistics.
                 x_adv = self.adversarial_examples(network, batch).requires_grad_()
                 self.stationarity.observe(batch.center, x_adv, batch.radius)
-                return F.cross_entropy(network(x_adv).float(), batch.labels)
+                return F.cross_entropy(at_least_float32(network(x_adv)), batch.labels)
 
         return self.objective(loss)
 
@@ -155,7 +156,8 @@ class Losses:
             with clean_statistics(network, batch.x) as logits:
                 total = torch.zeros((), device=batch.x.device)
                 if _some(share):
-                    total = total + share * F.cross_entropy(logits().float(), batch.labels)
+                    natural = F.cross_entropy(at_least_float32(logits()), batch.labels)
+                    total = total + share * natural
                 if _some(1 - share) or _some(now.box_regularizers):
                     total = total + self._certified(network, batch, now, 1 - share)
                 return total

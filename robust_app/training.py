@@ -25,8 +25,7 @@ from robust_app.losses import Objective
 from robust_app.networks import build_network
 from robust_app.schedules import Phase, setting
 from robust_app.steps import Batch, Losses
-from robust_app.watching import Means as Means
-from robust_app.watching import Watcher
+from robust_app.watching import Means, Watcher
 
 
 class Trainer:
@@ -74,9 +73,8 @@ class Trainer:
                 f"found {config.batch_size}"
             )
         torch.manual_seed(config.seed)
-        self.memory_format = precision.memory_format(config.precision, world.device)
         network = build_network(config, dataset, trainable=True)
-        self.network = network.to(world.device).to(memory_format=self.memory_format)
+        self.network = network.to(world.device)
         split(self.network, config.stages)  # refuses a stage beyond the last layer now
         self.stationarity = Stationarity()
         self.priority = Threshold(self.stationarity, limit=config.fosc_maximum)
@@ -174,7 +172,7 @@ class Trainer:
         for number, (x, labels, start) in enumerate(self._batches(epoch)):
             now = setting(self.config, epoch + number / steps)
             try:
-                with precision.of_step(self.config.precision):
+                with precision.products_in(self.config.precision):
                     means.add(self.run_step(now, x, labels, start))
             except FloatingPointError as error:
                 raise _diverged(f"epoch {epoch + 1}, batch {number + 1}: {error}") from error
@@ -226,14 +224,13 @@ class Trainer:
         self, phase: Phase, values: Values, x: Tensor, labels: Tensor, start: Tensor
     ) -> Report:
         """One step of training; see :class:`robust_app.execution.Step`."""
-        x = x.contiguous(memory_format=self.memory_format)
         if self.stage == 0:
             batch = Batch.of_images(x, labels, start, values.epsilon)
         else:
             batch = Batch.of_hidden(self.frozen, x, labels, start, values.epsilon)
         for group in self.optimizer.param_groups:
             group["lr"] = values.learning_rate
-        self.priority.limit = values.fosc_threshold  # type: ignore[assignment]  # compares alike
+        self.priority.limit = values.fosc_threshold
         names = methods.losses_of(self.method, phase)
         losses = self.losses.of(names, batch, values)
         self.optimizer.zero_grad()

@@ -64,8 +64,8 @@ def timed(trainer: Trainer, epochs: int) -> dict[str, list[float]]:
     trainer.losses.of = of  # type: ignore[method-assign]
     trainer.optimizer.register_step_post_hook(lambda *_: ended.append(timer()))
     seconds: dict[str, list[float]] = {"epoch": [], "steps": []}
-    plain = Console(file=io.StringIO(), force_terminal=False)
-    with reporting.watcher(plain, trainer.config.total_epochs) as watcher:
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    with reporting.watcher(terminal, trainer.config.total_epochs) as watcher:
         for _ in range(epochs):
             begun.clear()
             ended.clear()

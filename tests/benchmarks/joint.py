@@ -30,18 +30,19 @@ def beside_the_weighted_sum(effort: Effort) -> Iterator[Row]:
     for case, problem, rounds, least, aim in cases:
         sides = {
             "weighted sum": problems.weighted_sum(problem()),
+            "weighted sum, a loss at a time": problems.accumulated(problem()),
             "mogd": problems.mogd(problem()),
         }
         seconds = in_turns(sides, rounds, least)
-        value = ratios(seconds["mogd"], seconds["weighted sum"])
-        yield Row(
-            "joint step",
-            case,
-            "mogd ÷ weighted sum",
-            value,
-            effort.aim(aim),
-            seconds=medians(seconds),
-        )
+        for name in list(sides)[:2]:
+            yield Row(
+                "joint step",
+                case,
+                f"mogd ÷ {name}",
+                ratios(seconds["mogd"], seconds[name]),
+                effort.aim(aim),
+                seconds=medians(seconds, "mogd", name),
+            )
 
 
 def beside_torchjd(effort: Effort) -> Iterator[Row]:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mogd import UnbiasedMultiGradient
 from robust_app.distributed import World, join
+from robust_app.freed_memory import keep_freed_memory
 from tests.benchmarks import problems
 from tests.benchmarks.effort import Effort
 from tests.benchmarks.problems import LEARNING_RATE, Problem
@@ -23,7 +24,6 @@ from tests.benchmarks.report import Row, medians
 from tests.benchmarks.timing import Step, Summary, in_turns, ratios, summary
 
 PROCESSES = 2
-ALL_REDUCES = {"weighted sum": 1, "mogd": 2}  # a step: one for each backward pass
 QUIET = "{} with a barrier instead"
 
 
@@ -44,7 +44,7 @@ def over_processes(effort: Effort) -> Iterator[Row]:
     one, many = (measured(size, effort) for size in (1, PROCESSES))
     case = f"{effort.small}, global batch {effort.batch}, {PROCESSES} processes of one thread"
     row = partial(Row, "processes", case)
-    for name, times in ALL_REDUCES.items():
+    for name in ("weighted sum", "mogd"):
         yield row(
             f"{name}: speed-up over one process",
             ratios(one[name], many[name]),
@@ -59,21 +59,6 @@ def over_processes(effort: Effort) -> Iterator[Row]:
             percent=True,
             seconds=seconds,
         )
-        yield row(
-            f"{name}: share of its {times} all-reduce(s) that backward passes hide",
-            summary([hidden(seconds[name], seconds[quiet], times * seconds["all-reduce"])]),
-            percent=True,
-            seconds=seconds,
-        )
-
-
-def hidden(step: float, quiet: float, communication: float) -> float:
-    """What part of the communication does not lengthen the step; noise may take it out of [0, 1].
-
-    >>> hidden(1.0, 0.75, 1.0)
-    0.75
-    """
-    return 1 - (step - quiet) / communication
 
 
 def measured(size: int, effort: Effort) -> dict[str, list[float]]:
@@ -92,6 +77,7 @@ def _measure(rank: int, size: int, port: int, effort: Effort, file: Path) -> Non
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
+    keep_freed_memory()
     with join("cpu") as world:
         sides = {"weighted sum": _weighted_sum(world, effort), "mogd": _mogd(world, effort)}
         if size > 1:
@@ -134,7 +120,7 @@ def _mogd(world: World, effort: Effort, quiet: bool = False) -> Step:
 
 
 def _with_a_barrier(module: nn.Module, step: Step) -> Step:
-    """The step without all-reduces; the processes still wait for the slowest at its end."""
+    """The step without all-reduces of gradients; its end still waits for the slowest process."""
     assert isinstance(module, DistributedDataParallel)
 
     def quiet() -> None:

@@ -12,6 +12,7 @@ from tests.benchmarks.memory import beside_the_largest_loss, peak
 MODEL = "table-f-a"
 WAYS = {
     "weighted sum": problems.weighted_sum,
+    "a loss at a time": problems.accumulated,
     "mogd": problems.mogd,
     "UPGrad": lambda problem: problems.torchjd(problem, "UPGrad"),
     "MGDA": lambda problem: problems.torchjd(problem, "MGDA"),
@@ -24,7 +25,7 @@ WAYS = {
     "make", [problems.mlp, lambda: problems.joint(MODEL, 4)], ids=["mlp", "joint"]
 )
 def test_every_way_steps_the_network(way, make):
-    if way not in ("weighted sum", "mogd"):
+    if way not in ("weighted sum", "a loss at a time", "mogd"):
         pytest.importorskip("torchjd")
         pytest.importorskip("quadprog")
     problem = make()

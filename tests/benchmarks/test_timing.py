@@ -2,15 +2,17 @@
 
 import pytest
 
-from tests.benchmarks.timing import in_turns, ratios, summary
+from tests.benchmarks.timing import WARM_UP, in_turns, ratios, summary
 
 
 def test_every_other_round_goes_backwards():
     calls = []
     sides = {name: lambda name=name: calls.append(name) for name in "abc"}
     seconds = in_turns(sides, rounds=3)
+    warm_up, turns = calls[: 3 * WARM_UP], calls[3 * WARM_UP :]
+    assert warm_up == WARM_UP * ["a", "b", "c"]
     # each turn is one call unmeasured and one measured
-    assert "".join(calls[::2]) == "".join(calls[1::2]) == "abccbaabc"
+    assert "".join(turns[::2]) == "".join(turns[1::2]) == "abccbaabc"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
     assert all(time > 0 for times in seconds.values() for time in times)
 

@@ -69,8 +69,8 @@ def test_a_run_leaves_the_files_of_the_contract(finished_run):
     [
         (("--execution", "graph"), ["--execution: graph needs a GPU, found cpu"]),
         (("--execution", "graphs"), ["unknown --execution 'graphs'", "'graph'"]),
-        (("--precision", "tf32"), ["precision: tf32 needs a GPU, found cpu"]),
-        (("--precision", "fp16"), ["precision: expected float32, tf32 or bf16, found 'fp16'"]),
+        (("--set", "precision=tf32"), ["precision: tf32 needs a GPU, found cpu"]),
+        (("--set", "precision=fp16"), ["precision: expected float32, tf32 or bf16, found 'fp16'"]),
     ],
 )
 def test_what_a_device_cannot_do_is_refused_before_anything_is_written(robust_app, options, words):
@@ -79,12 +79,12 @@ def test_what_a_device_cannot_do_is_refused_before_anything_is_written(robust_ap
 
 
 def test_the_execution_is_noted_and_the_precision_is_of_the_run(robust_app):
-    options = ("--precision", "bf16", "--run-dir", "run", "--stop-after", "1")
+    options = ("--set", "precision=bf16", "--run-dir", "run", "--stop-after", "1")
     assert robust_app("train", *QUICK, *options)[0] == 0
     [environment] = RunDirectory(Path("run")).environments()
     assert environment["execution"] == "eager"
     assert RunDirectory(Path("run")).config().precision == "bf16"
-    outcome = robust_app("train", "--run-dir", "run", "--resume", "--precision", "float32")
+    outcome = robust_app("train", "--run-dir", "run", "--resume", "--set", "precision=float32")
     assert_refused(outcome, "precision: 'bf16', not 'float32'")
 
 

@@ -18,7 +18,8 @@ from robust_app.config import Config
 from robust_app.distributed import World, join
 from robust_app.methods import METHODS
 from robust_app.reporting import Silent, watcher
-from robust_app.training import Trainer, Watcher
+from robust_app.training import Trainer
+from robust_app.watching import Watcher
 from tests.robust_app.runs import ALONE, SHI, few_digits, full_strength, short_config
 
 

@@ -5,15 +5,16 @@ import torch
 from torch import Tensor, nn
 
 from robust_app import precision
+from robust_app.bounds import propagate
 from robust_app.distributed import join
 from robust_app.errors import UserError
-from robust_app.evaluation import standard_and_certified
+from robust_app.evaluation import evaluate, standard_and_certified
 from robust_app.interval import Interval
 from robust_app.margins import margins_after
 from robust_app.networks import build_network
 from robust_app.reporting import Silent
 from robust_app.training import Trainer
-from tests.robust_app.runs import ALONE, few_digits, full_strength, parameters_of, trained
+from tests.robust_app.runs import ALONE, NEEDED, few_digits, full_strength, parameters_of, trained
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -28,15 +29,41 @@ def products() -> tuple[str, str]:
 def test_tf32_is_for_the_steps_of_a_run_alone():
     with join("cpu"):
         assert products() == ("ieee", "ieee")
-        with precision.of_step("tf32"):
+        with precision.products_in("tf32"):
             assert products() == ("tf32", "tf32")
         assert products() == ("ieee", "ieee")
-        with pytest.raises(RuntimeError), precision.of_step("tf32"):
+        with pytest.raises(RuntimeError), precision.products_in("tf32"):
             raise RuntimeError
         assert products() == ("ieee", "ieee")
-        for other in ("float32", "bf16"):
-            with precision.of_step(other):
-                assert products() == ("ieee", "ieee")
+
+
+@pytest.mark.parametrize("other", ["float32", "bf16"])
+def test_products_are_what_they_were_before(other):
+    before = products()
+    with precision.products_in("tf32"):
+        with precision.products_in(other):
+            assert products() == ("ieee", "ieee")
+        assert products() == ("tf32", "tf32")
+    assert products() == before
+
+
+@torch.no_grad()
+def test_whatever_measures_takes_products_in_float32():
+    """Also where it is called as a library, without a world to join."""
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(products())
+            return x
+
+    network = nn.Sequential(Spy(), nn.Flatten(), nn.Linear(4, 2))
+    propagate.register(Spy)(lambda layer, interval: interval)
+    x, labels = torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    with precision.products_in("tf32"):
+        standard_and_certified(network, x, labels, 0.1)
+        evaluate(network, x, labels, 0.1, pgd_steps=1, pgd_restarts=1, seed=0)
+    assert set(seen) == {("ieee", "ieee")}
 
 
 def test_tf32_needs_a_gpu():
@@ -45,20 +72,12 @@ def test_tf32_needs_a_gpu():
         Trainer(full_strength("advibp", precision="tf32"), few_digits(), ALONE)
 
 
-def test_channels_come_last_for_tensor_cores_alone():
-    last = {
-        (name, device.type)
-        for name in precision.PRECISIONS
-        for device in (CPU, GPU)
-        if precision.memory_format(name, device) is torch.channels_last
-    }
-    assert last == {("tf32", "cuda"), ("bf16", "cuda")}
-
-
 @pytest.mark.parametrize("method", ["natural", "advibp", "ibp", "advcrown-ibp"])
 def test_bf16_rounds_the_products_of_training_and_nothing_that_is_kept(method):
     runs = [
-        Trainer(full_strength(method, precision=name), few_digits(), ALONE)
+        Trainer(
+            full_strength(method, precision=name, **NEEDED.get(method, {})), few_digits(), ALONE
+        )
         for name in ("float32", "bf16")
     ]
     metrics = [[run.train_epoch(Silent()) for _ in range(3)] for run in runs]
