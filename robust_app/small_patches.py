@@ -109,7 +109,8 @@ def _by_patches(outputs: Tensor, weight: Tensor, size: torch.Size, geometry: Geo
     stride, padding, dilation = geometry
     to_patch = weight.flatten(1).T.expand(len(outputs), -1, -1)
     patches = to_patch.bmm(outputs.flatten(2))
-    return F.fold(patches, size, weight.shape[2:], dilation, padding, stride)
+    # Copied, for what fold returns lies in memory as large as that of the patches.
+    return F.fold(patches, size, weight.shape[2:], dilation, padding, stride).clone()
 
 
 def _weight_gradient(x: Tensor, weight: Tensor, of_output: Tensor, geometry: Geometry) -> Tensor:

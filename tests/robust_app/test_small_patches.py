@@ -62,6 +62,13 @@ def test_gradients_under_autocast():
     torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)
 
 
+def test_the_input_gradient_holds_no_more_memory_than_it_needs():
+    layer, _ = pair((1, 16, 4, 2, 1))
+    x = images((1,), (9, 8))
+    layer(x).sum().backward()
+    assert x.grad.untyped_storage().nbytes() == x.nbytes
+
+
 def test_only_where_it_gains():
     x = torch.zeros(1, 4, 8, 8)
     assert not applies(Conv2d(4, 16, 3), x)
