@@ -20,8 +20,8 @@ from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError, unknown
 from robust_app.freed_memory import keep_freed_memory
-from robust_app.reproduction import paper, plan
-from robust_app.reproduction.reproduce import Reproduction
+from robust_app.options import DataRoot, Device, Download
+from robust_app.reproduction.command import reproduce
 from robust_app.run_directory import RunDirectory, next_free
 from robust_app.session import Examination
 from robust_app.training import Trainer
@@ -35,13 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-DataRoot = Annotated[
-    Path | None, typer.Option(help="Folder of mnist, fashion-mnist and cifar10, as torchvision's.")
-]
-Download = Annotated[bool, typer.Option("--download", help="Fetch missing data into --data-root.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-LIST, ROWS = "NAME[,NAME…]", "Rows of these alone; so also --epsilons and --methods."
 
 
 @app.command()
@@ -220,55 +213,7 @@ def _show(tables: list[Table]) -> None:
         reporting.console().print(table)
 
 
-@app.command()
-def reproduce(
-    table: Annotated[str, typer.Argument(help=f"One of {', '.join(paper.names())}.")],
-    model_names: Annotated[str, typer.Option("--models", metavar=LIST, help=ROWS)] = "",
-    epsilons: Annotated[str, typer.Option(metavar=LIST, help="Of these, 8/255 or 8-255.")] = "",
-    method_names: Annotated[str, typer.Option("--methods", metavar=LIST, help="Of these.")] = "",
-    schedule: Annotated[
-        str, typer.Option(help="Of the recipes: paper, authors or short.")
-    ] = "paper",
-    epochs_scale: Annotated[
-        float, typer.Option(help="Factor on the length of each run's whole schedule.")
-    ] = 1.0,
-    seeds: Annotated[
-        str, typer.Option(metavar=LIST, help="A run each; by default the recipe's own.")
-    ] = "",
-    stages: Annotated[
-        int | None,
-        typer.Option(min=1, help="Layer-wise stages after each run; in figure-a all by default."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where runs, tables and figures are kept.")] = Path(
-        "runs/reproduce"
-    ),
-    data_root: DataRoot = None,
-    download: Download = False,
-    device: Device = "auto",
-) -> None:
-    """Train and evaluate what a table of the paper needs; set its figures beside those measured.
-
-    What is done already is not done again; what is half done is resumed.
-    """
-    whole = paper.find(table)
-    asked = paper.select(whole, *map(_listed, (model_names, epsilons, method_names)))
-    settings = plan.Settings(schedule, epochs_scale, plan.parse_seeds(_listed(seeds)), stages)
-    console = reporting.console()
-    with distributed.join(device) as world:
-        reproduction = Reproduction(
-            whole, asked, settings, out, world, console, data_root, download
-        )
-        try:
-            reproduction.run()
-        except KeyboardInterrupt:
-            if world.leads:
-                console.print("interrupted; the same command continues")
-            raise typer.Exit(130) from None
-
-
-def _listed(text: str) -> list[str]:
-    """The names in a list with commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+app.command()(reproduce)
 
 
 def _load(config: Config, data_root: Path | None, download: bool, world: World) -> Dataset:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robust_app.batch_norm import mean_over_processes
 from robust_app.interval import Interval
 from robust_app.layers import Normalize
-from robust_app.precision import without_autocast
+from robust_app.precision import at_least_float32, without_autocast
 
 TOLERANCE = 0.5  # τ: how far from 1 a ratio may be at no cost
 _NOTHING = 1e-12  # what is smaller is no denominator: its reciprocal's square is still finite
@@ -56,7 +56,7 @@ def tightness(inputs: LayerInputs) -> Tensor:
     boxes = _before_relus(pairs)
     network_input = next(box for layer, box in pairs if not isinstance(layer, Normalize))
     first, *radii = mean_over_processes(
-        torch.stack([box.radius.mean() for box in (network_input, *boxes)])
+        torch.stack([at_least_float32(box.radius).mean() for box in (network_input, *boxes)])
     )
     radius = torch.stack(radii)
     ratio = first / radius.clamp(min=_NOTHING)

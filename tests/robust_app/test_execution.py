@@ -55,15 +55,8 @@ def test_tensors_are_filled_in_place_and_the_ends_stay(before, after):
 
 
 def test_a_part_is_left_out_at_its_end_alone():
-    now = Setting(
-        phase=Phase.MAIN,
-        epsilon=0.0,
-        fosc_threshold=0.0,
-        learning_rate=0.1,
-        natural_weight=1.0,
-        crown_share=1.0,
-        box_regularizers=0.0,
-    )
+    ends = {"epsilon": 0.0, "fosc_threshold": 0.0, "natural_weight": 1.0, "crown_share": 1.0}
+    now = dataclasses.replace(A_MOMENT, **ends)
     assert all_or_nothing(now) == {"natural_weight": 1.0, "box_regularizers": 0.0}
 
 
