@@ -58,22 +58,28 @@ def conflicting(gramian: Tensor, norms: Tensor) -> Tensor:
     return (gramian <= 0).triu(diagonal=1).any() & _seen(norms)
 
 
-def bisector(gramian: Tensor, norms: Tensor) -> Tensor:
-    """Weights of the step along the bisector d = Σₖ mₖ/vₖ, as long as the mean projection on it.
+def bisector(gramian: Tensor, norms: Tensor, preference: Sequence[float] = (1.0, 1.0)) -> Tensor:
+    """Weights of the step along d = Σₖ pₖ mₖ/vₖ, as long as the mean projection of the mₖ on it.
 
-    κₖ = γ/vₖ with γ = ½ ⟨m₁ + m₂, d⟩ / ‖d‖² (paper, Algorithm 1, lines 13-14).
+    κₖ = γ pₖ/vₖ with γ = ½ ⟨m₁ + m₂, d⟩ / ‖d‖². With p = (1, 1), or any equal numbers, d is the
+    bisector and this is the paper's Algorithm 1, lines 13-14.
 
     Args:
         gramian: inner products of the moments, shape ``(2, 2)``.
         norms: moments of the norms, shape ``(2,)``.
+        preference: pₖ > 0; only their ratio counts.
 
     >>> bisector(torch.eye(2), torch.ones(2))
     tensor([0.5000, 0.5000])
+    >>> bisector(torch.eye(2), torch.ones(2), preference=(1.0, 3.0))
+    tensor([0.2000, 0.6000])
     """
-    inverse = _or_0(norms.reciprocal(), norms)
-    onto_bisector = gramian @ inverse  # ⟨mₖ, d⟩
-    square = inverse @ onto_bisector  # ‖d‖²
-    return _or_0(onto_bisector.mean() / square, square) * inverse
+    # At most 1: a large preference must not leave the range of floats where a norm is tiny.
+    shares = _constants([preferred / max(preference) for preferred in preference], norms)
+    scale = shares * _or_0(norms.reciprocal(), norms)
+    onto_direction = gramian @ scale  # ⟨mₖ, d⟩
+    square = scale @ onto_direction  # ‖d‖²
+    return _or_0(onto_direction.mean() / square, square) * scale
 
 
 def projection(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
@@ -103,9 +109,13 @@ class BisectorProjection(Rule):
     Args:
         regularization: κ_reg ≥ 0, the weight of ‖L₂‖² while a conflict favours the second loss
             (½ in the paper).
+        preference: pₖ > 0, how far the step leans to each loss in agreement: along
+            Σₖ pₖ mₖ/vₖ. Equal numbers, the default, are the paper's bisector; only the ratio
+            counts. In conflict the priority decides.
 
     Raises:
-        ValueError: if ``regularization`` is negative or not finite; on use, if K is not 2.
+        ValueError: if ``regularization`` is negative or not finite, or ``preference`` is not two
+            finite numbers above 0; on use, if K is not 2.
 
     Where ⟨m₁, m₂⟩ → 0⁺ (unit moments) the weights tend to (½, ½); at 0 they jump to the unit
     vector of the favoured loss, so the step jumps by ‖m₁ - m₂‖/2.
@@ -114,11 +124,17 @@ class BisectorProjection(Rule):
     """
 
     regularization: float = 0.5
+    preference: tuple[float, float] = (1.0, 1.0)  # p
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.regularization < float("inf"):
             raise ValueError(
                 f"regularization must be finite and at least 0, got {self.regularization!r}"
+            )
+        pair = isinstance(self.preference, Sequence) and len(self.preference) == 2
+        if not pair or not all(0.0 < preferred < float("inf") for preferred in self.preference):
+            raise ValueError(
+                f"preference must be two finite numbers above 0, got {self.preference!r}"
             )
 
     def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
@@ -129,7 +145,9 @@ class BisectorProjection(Rule):
             )
         conflict = conflicting(gramian, norms)
         weights = torch.where(
-            conflict, projection(gramian, norms, prioritized), bisector(gramian, norms)
+            conflict,
+            projection(gramian, norms, prioritized),
+            bisector(gramian, norms, self.preference),
         )
         # 0 for the first loss, and 1 for the second where a conflict favours it:
         regularized = torch.arange(2, device=norms.device) * (conflict & (prioritized == 1))
@@ -165,7 +183,7 @@ class Constant(Rule):
             raise ValueError(
                 f"Constant has weights for {len(self.weights)} losses, got {norms.numel()} losses"
             )
-        weights = torch.stack([torch.full_like(norms[0], weight) for weight in self.weights])
+        weights = _constants(self.weights, norms)
         return Weighting(weights, torch.zeros_like(weights))
 
 
@@ -208,6 +226,11 @@ def slopes(weighting: Weighting, losses: Tensor) -> Tensor:
 def _seen(norms: Tensor) -> Tensor:
     """Whether there has been a gradient other than 0."""
     return norms.any()
+
+
+def _constants(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor, made on its device without waiting for it."""
+    return torch.stack([torch.full_like(like[0], number) for number in numbers])
 
 
 def _or_0(quotient: Tensor, denominator: Tensor) -> Tensor:

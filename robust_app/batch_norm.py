@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,36 @@ def clean_statistics(network: nn.Module, x: Tensor) -> Iterator[Callable[[], Ten
         _forget(layers)
 
 
+def merged(network: nn.Module) -> nn.Module:
+    """The network with its BatchNorm layers merged into the layers before them, for this step.
+
+    It computes the same from the same parameters, to which gradients flow, by the statistics in
+    force now, with no pass over activations beside those of the other layers: to be made, and
+    used, inside :func:`clean_statistics`.
+
+    Args:
+        network: layers in a row, or anything else, which is returned as it is. So are BatchNorm
+            layers that follow neither Conv2d nor Linear.
+
+    >>> network = nn.Sequential(nn.Linear(1, 1, bias=False), BatchNorm(1, eps=1e-9), nn.ReLU())
+    >>> with torch.no_grad(), clean_statistics(network, torch.tensor([[1.0], [3.0]])):
+    ...     print(merged(network), merged(network)[0].bias.abs())
+    Sequential(
+      (0): Linear(in_features=1, out_features=1, bias=False)
+      (1): ReLU()
+    ) tensor([2.])
+    """
+    if type(network) is not nn.Sequential or not _batch_norms(network):
+        return network
+    layers: list[nn.Module] = []
+    for layer in network:
+        if isinstance(layer, BatchNorm) and layers and _takes_batch_norm(layers[-1]):
+            layers[-1] = _with_tensors(layers[-1], *_merge(layers[-1], *layer.scale_and_shift()))
+        else:
+            layers.append(layer)
+    return nn.Sequential(*layers)
+
+
 @torch.no_grad()
 def estimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the running statistics to the means of the batches' means and biased variances.
@@ -199,8 +229,11 @@ def fold(network: nn.Sequential) -> nn.Sequential:
     for layer in network:
         if not isinstance(layer, BatchNorm):
             layers.append(copy.deepcopy(layer))
-        elif layers and isinstance(layers[-1], nn.Conv2d | nn.Linear):
-            _merge(layers[-1], layer)
+        elif layers and _takes_batch_norm(layers[-1]):
+            with torch.no_grad():
+                statistics = layer._affine(layer.running_mean, layer.running_var)
+                weight, bias = _merge(layers[-1], *statistics)
+            layers[-1].weight, layers[-1].bias = nn.Parameter(weight), nn.Parameter(bias)
         else:
             raise ValueError(_not_foldable(type(layers[-1]).__name__ if layers else "nothing"))
     folded = nn.Sequential(*layers)
@@ -268,14 +301,23 @@ def _forget(layers: Sequence[BatchNorm]) -> None:
         layer._kept = None
 
 
-@torch.no_grad()
-def _merge(layer: nn.Conv2d | nn.Linear, norm: BatchNorm) -> None:
-    scale, shift = norm._affine(norm.running_mean, norm.running_var)
+def _takes_batch_norm(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
+    return isinstance(layer, nn.Conv2d | nn.Linear)
+
+
+def _merge(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``scale * layer(x) + shift`` as a layer like it."""
     if layer.bias is not None:
         shift = shift + scale * layer.bias
-    per_output = scale.view(-1, *[1] * (layer.weight.ndim - 1))
-    layer.weight = nn.Parameter(layer.weight * per_output)
-    layer.bias = nn.Parameter(shift)
+    return layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1)), shift
+
+
+def _with_tensors(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A layer like it with tensors, which may have a graph, in place of parameters."""
+    like = copy.copy(layer)
+    like._parameters = {}
+    like.weight, like.bias = weight, bias
+    return like
 
 
 def _not_foldable(before: str) -> str:

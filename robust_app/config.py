@@ -60,6 +60,11 @@ NONNEGATIVES = Rule(
     lambda v: isinstance(v, _LIST) and all(_within(x, 0, _HUGE) for x in v),
     _floats,
 )
+POSITIVE_PAIR = Rule(
+    "two finite numbers above 0",
+    lambda v: isinstance(v, _LIST) and len(v) == 2 and all(_within(x, _TINY, _HUGE) for x in v),
+    _floats,
+)
 UNIT_PAIR = Rule(
     "two numbers in [0, 1]",
     lambda v: isinstance(v, _LIST) and len(v) == 2 and all(_within(x, 0, 1) for x in v),
@@ -96,6 +101,9 @@ class Config:
         fosc_decay_epochs: T', in which c_t then falls to 0.
         moment_decay: (β₁, β₂), each in [0, 1).
         regularization: κ_reg, at least 0.
+        preference: of the adversarial and of the certified loss: what the step leans to where
+            they agree (see :class:`mogd.BisectorProjection`), or their weights in
+            ``weighted-sum``.
         authors_weights: weigh the losses as the authors' code does; see
             :mod:`robust_app.authors`.
         natural_weight: of the natural loss in ``ibp`` and ``crown-ibp``, at the start and at the
@@ -144,6 +152,7 @@ class Config:
     fosc_decay_epochs: Annotated[float, NONNEGATIVE]  # T'
     moment_decay: Annotated[tuple[float, float], DECAYS] = (0.9, 0.99)  # β₁, β₂
     regularization: Annotated[float, NONNEGATIVE] = 0.5  # κ_reg
+    preference: Annotated[tuple[float, float], POSITIVE_PAIR] = (1.0, 1.0)  # p
     authors_weights: Annotated[bool, SWITCH] = False
     natural_weight: Annotated[tuple[float, float], UNIT_PAIR] = (1.0, 0.5)
     crown_share: Annotated[tuple[float, float], UNIT_PAIR] = (1.0, 0.0)

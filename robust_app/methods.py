@@ -42,13 +42,14 @@ def pgd(config: Config) -> Attack:
 
 def paper_rule(config: Config) -> Rule:
     """The paper's weights, or those of its authors' code."""
-    rule = AuthorsWeights if config.authors_weights else BisectorProjection
-    return rule(config.regularization)
+    if config.authors_weights:
+        return AuthorsWeights(config.regularization)
+    return BisectorProjection(config.regularization, config.preference)
 
 
-def ones(_: Config) -> Rule:
-    """The sum of both losses."""
-    return Constant((1.0, 1.0))
+def constant_weights(config: Config) -> Rule:
+    """The sum of both losses, each times its preference."""
+    return Constant(config.preference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +106,9 @@ METHODS: Mapping[str, Method] = {
         losses=("adversarial",),
     ),
     "weighted-sum": Method(
-        description="adversarial + IBP loss, weights 1 and 1: the baseline of Figure 2",
+        description="adversarial + IBP loss, fixed weights: the baseline of Figure 2",
         losses=JOINT,
-        rule=ones,
+        rule=constant_weights,
     ),
     "advibp": Method(
         description="adversarial + IBP loss, weights by moments, FOSC priority (Algorithm 2)",
@@ -157,6 +158,10 @@ def check(config: Config) -> None:
         raise UserError(f"natural_weight: expected twice the same for diffai, found {found}")
     if config.authors_weights and method.rule is not paper_rule:
         raise UserError(f"authors_weights: expected false for {config.method}, found true")
+    if config.preference != (1.0, 1.0) and (method.rule is None or config.authors_weights):
+        what = "authors_weights" if config.authors_weights else config.method
+        found = list(config.preference)
+        raise UserError(f"preference: expected [1, 1] for {what}, found {found}")
     if config.certified_ramp and "adversarial" not in method.losses:
         raise UserError(f"certified_ramp: expected false for {config.method}, found true")
 

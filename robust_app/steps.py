@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robust_app import attacks
-from robust_app.batch_norm import clean_statistics
+from robust_app.batch_norm import clean_statistics, merged
 from robust_app.bounds import propagate
 from robust_app.fosc import Stationarity
 from robust_app.interval import Interval
@@ -133,9 +133,10 @@ class Losses:
             with clean_statistics(network, batch.x):
                 # In here the attack needs no clean pass of its own. It asks for the gradient of
                 # its input alone, so that none reaches the parameters or the statistics.
-                x_adv = self.adversarial_examples(network, batch).requires_grad_()
+                layers = merged(network)
+                x_adv = self.adversarial_examples(layers, batch).requires_grad_()
                 self.stationarity.observe(batch.center, x_adv, batch.radius)
-                return F.cross_entropy(at_least_float32(network(x_adv)), batch.labels)
+                return F.cross_entropy(at_least_float32(layers(x_adv)), batch.labels)
 
         return self.objective(loss)
 
@@ -189,7 +190,7 @@ class Losses:
         self, network: nn.Module, batch: Batch, now: Shares, weight: float | Tensor = 1.0
     ) -> Tensor:
         return certified_loss(
-            network,
+            merged(network),
             batch.box,
             batch.labels,
             crown_share=now.crown_share if self.method.crown else 0.0,

@@ -105,7 +105,7 @@ class Trainer:
         options: dict[str, Any] = self._adam_options()
         if self.config.authors_weights:
             options["weigh_by"] = [next(trained.parameters())]
-        rule = self.method.rule or methods.ones
+        rule = self.method.rule or methods.constant_weights
         self.optimizer = UnbiasedMultiGradient(
             trained.parameters(),
             torch.optim.Adam,
