@@ -1,0 +1,64 @@
+"""The studies: what each compares, from which start, at which radii."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests.studies.variations import Variation, bisectors, changed_rules, weighted_sums
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variations of one recipe.
+
+    Attributes:
+        name: of its files.
+        recipe: of :mod:`robust_app.recipes`.
+        settings: ``key=value`` on top of it.
+        variations: what is compared.
+        epsilons: radii of the last networks' errors, PGD at the first.
+        seeds: of a run each.
+        start: directory, among the runs, of the run whose last network all begin from.
+    """
+
+    name: str
+    recipe: str
+    settings: Sequence[str]
+    variations: Sequence[Variation]
+    epsilons: tuple[float, ...] = (0.3, 0.4)
+    seeds: Sequence[int] = (0, 1, 2)
+    start: str | None = None
+
+
+# Three epochs at the full radius, with no warm-up, ramp or BatchNorm.
+CONTINUED = (
+    "batch_norm=false",
+    "ibp_initialization=false",
+    "box_regularizers=0.0",
+    "epochs=3",
+    "natural_epochs=0",
+    "ramp_epochs=0",
+    "fosc_maximum=0.0",  # the certified loss goes first in conflict, as late in a paper's run
+    "learning_rate=3e-4",
+    "milestones=[1, 2]",
+    "learning_rate_factor=0.3",
+    "precision=bf16",
+    "pgd_steps=20",
+)
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            name="fronts",
+            recipe="mnist-dm-small-short",
+            settings=CONTINUED,
+            variations=[
+                *weighted_sums((1, 16), (1, 4), (1, 2), (1, 1), (2, 1), (4, 1), (8, 1), (16, 1)),
+                *bisectors((3, 1), (1, 1), (1, 3), (1, 10), (1, 30)),
+                *changed_rules((1, 1)),
+                *changed_rules((1, 10)),
+            ],
+            start="start",
+        ),
+    )
+}

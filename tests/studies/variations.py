@@ -1,0 +1,110 @@
+"""What a study compares: runs of one configuration that differ in how two losses are weighed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from mogd import BisectorProjection, Fixed, Record, Rule, UnbiasedMultiGradient, Weighting
+from mogd.gradients import LossGradients
+from mogd.moments import Moments, norm
+from mogd.priority import Priority
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One way to train.
+
+    Attributes:
+        name: of its rows and run directories.
+        family: the line that it lies on in a picture.
+        changes: of the study's configuration.
+        rule: in place of the method's.
+        priority: in place of FOSC's.
+        own_batch: whether the weights come from the gradients that they weigh.
+    """
+
+    name: str
+    family: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    rule: Rule | None = None
+    priority: Priority | None = None
+    own_batch: bool = False
+
+    def apply_to(self, optimizer: UnbiasedMultiGradient) -> None:
+        """Weigh in this way from the next step on."""
+        optimizer.rule = self.rule or optimizer.rule
+        optimizer.priority = self.priority or optimizer.priority
+        if self.own_batch:
+            optimizer.__class__ = OwnBatch
+
+
+@dataclass(frozen=True)
+class NormsOfMoments(Rule):
+    """A rule that is told ‖mₖ‖ in place of vₖ: a bisector and a projection in the exact sense.
+
+    >>> gramian, v = torch.tensor([[4.0, -1.0], [-1.0, 1.0]]), torch.tensor([9.0, 9.0])
+    >>> NormsOfMoments(BisectorProjection())(gramian, v, torch.tensor(0)).weights
+    tensor([1., 1.])
+    """
+
+    rule: Rule
+
+    def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
+        return self.rule(gramian, gramian.diagonal().clamp(min=0).sqrt(), prioritized)
+
+
+class OwnBatch(UnbiasedMultiGradient):
+    """Weighs gradients by themselves, as multi-gradient methods commonly do: biased."""
+
+    def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
+        device = self._device()
+        self._moments = Moments((0.0, 0.0), len(collected.losses), device)
+        norms = torch.stack([norm(gradients, device) for gradients in collected.gradients])
+        self._moments.update(collected.gradients, norms)
+        return super()._apply(collected, scaler)
+
+
+def ratio(adversarial: float, certified: float) -> str:
+    """As names have it.
+
+    >>> ratio(1, 0.5)
+    '1 to 0.5'
+    """
+    return f"{adversarial:g} to {certified:g}"
+
+
+def weighted_sums(*ratios: tuple[float, float]) -> list[Variation]:
+    """The weighted sum by the ratio of its weights; MTL-IBP's α is α = certified ÷ both."""
+    return [
+        Variation(
+            f"weighted sum {ratio(*pair)}",
+            "weighted sum",
+            {"method": "weighted-sum", "preference": pair},
+        )
+        for pair in ratios
+    ]
+
+
+def bisectors(*preferences: tuple[float, float]) -> list[Variation]:
+    """The paper's rule, leaning in agreement as a preference says."""
+    return [
+        Variation(f"mogd {ratio(*pair)}", "mogd", {"method": "advibp", "preference": pair})
+        for pair in preferences
+    ]
+
+
+def changed_rules(preference: tuple[float, float]) -> list[Variation]:
+    """The paper's rule with one thing changed each, at one preference."""
+    at = f"mogd {ratio(*preference)}"
+    changes = {"method": "advibp", "preference": preference}
+    exact = NormsOfMoments(BisectorProjection(preference=preference))
+    return [
+        Variation(f"{at}, this batch's gradients", "this batch", changes, own_batch=True),
+        Variation(f"{at}, ‖m‖ for v", "‖m‖ for v", changes, rule=exact),
+        Variation(f"{at}, adversarial first", "adversarial first", changes, priority=Fixed(0)),
+        Variation(f"{at}, no κ_reg", "no κ_reg", changes | {"regularization": 0.0}),
+    ]
