@@ -225,6 +225,68 @@ def test_the_favoured_index_may_be_of_any_integer_type():
         assert_close(weights, doubles(12 / 9, 1))
 
 
+def test_a_preference_has_the_values_computed_by_hand():
+    # d = 1·(1, 0) + 3·(0.8, 0.6) = (3.4, 1.8), γ = ½ ⟨(7, 3), d⟩ / ‖d‖² = 14.6 / 14.8
+    gamma = 14.6 / 14.8
+    weights = weigh(AGREEING, 0, rule=BisectorProjection(preference=(1, 3))).weights
+    assert_close(weights, doubles(gamma / 3, 3 * gamma / 5))
+
+
+preferences = st.floats(1e-3, 1e3)
+
+
+@fewer
+@given(pairs(conflict=st.just(False)), preferences, preferences)
+def test_a_preference_is_the_ratio_of_the_steps_parts_in_units_of_the_norms(m, p_1, p_2):
+    weights = weigh(m, 0, rule=BisectorProjection(preference=(p_1, p_2))).weights
+    parts = weights * norms(m)
+    assert_close(
+        parts[0] / parts[1], torch.tensor(p_1 / p_2, dtype=torch.float64), rtol=1e-9, atol=0
+    )
+    step = weights @ m
+    assert_close(step.norm(), (m @ (step / step.norm())).mean(), rtol=1e-9, atol=0)
+
+
+@fewer
+@given(pairs(conflict=st.just(False)), preferences)
+def test_the_more_preferred_the_nearer_to_the_step(m, more):
+    assume(cosine(m) < 1 - 1e-3)
+    leaning = BisectorProjection(preference=(1.0, 1.0 + more))
+    steps = [weigh(m, 0, rule=rule).weights @ m for rule in (RULE, leaning)]
+    angles = [float(cosine(torch.stack([m[1], step]))) for step in steps]
+    assert angles[1] > angles[0]
+
+
+@fewer
+@given(pairs(), indices, st.integers(-20, 20))
+def test_an_equal_preference_is_the_papers_rule_to_the_bit(m, favoured, exponent):
+    rule = BisectorProjection(preference=(2.0**exponent, 2.0**exponent))
+    assert torch.equal(weigh(m, favoured, rule=rule).weights, weigh(m, favoured).weights)
+
+
+@fewer
+@given(pairs(conflict=st.just(True)), indices, preferences)
+def test_in_conflict_the_priority_decides_whatever_is_preferred(m, favoured, preferred):
+    rule = BisectorProjection(preference=(1.0, preferred))
+    assert torch.equal(weigh(m, favoured, rule=rule).weights, weigh(m, favoured).weights)
+
+
+@pytest.mark.parametrize("preference", [(1e-300, 1e300), (1e300, 1e300), (1e-300, 1e-300)])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_no_preference_makes_a_weight_infinite(preference, scale):
+    weights = weigh(AGREEING * scale, 0, rule=BisectorProjection(preference=preference)).weights
+    assert weights.isfinite().all()
+    assert (weights @ AGREEING).norm() > 0
+
+
+@pytest.mark.parametrize(
+    "preference", [(1.0,), (1.0, 2.0, 3.0), (0.0, 1.0), (-1.0, 1.0), (math.inf, 1.0), 1.0]
+)
+def test_a_bad_preference_is_refused(preference):
+    with pytest.raises(ValueError, match=r"preference must be two finite numbers above 0, got"):
+        BisectorProjection(preference=preference)
+
+
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
 def test_a_bad_regularisation_is_refused(value):
     with pytest.raises(ValueError, match=rf"regularization must be finite .* got {value}"):

@@ -18,6 +18,7 @@ from robust_app.batch_norm import (
     estimate,
     fold,
     mean_over_processes,
+    merged,
 )
 from robust_app.bounds import propagate
 from robust_app.interval import Interval
@@ -369,6 +370,53 @@ def test_what_cannot_be_folded_is_refused(network, found):
 
 
 # --- Several processes -----------------------------------------------------------------------
+
+
+# --- Merged within a step ----------------------------------------------------------------------
+
+
+def outputs_and_gradients(network, make, x, box):
+    """Logits, bounds and the parameters' gradients of both, of what ``make`` makes of it."""
+    with clean_statistics(network, x):
+        layers = make(network)
+        logits = layers(box.center)
+        bounds = margin_bounds(layers, box, torch.zeros(len(x), dtype=torch.int64))
+    total = (logits * randn(*logits.shape, seed=3)).sum() + bounds.square().sum()
+    return logits, bounds, *torch.autograd.grad(total, list(network.parameters()))
+
+
+def test_merging_changes_neither_outputs_nor_bounds_nor_gradients():
+    network, x = digits_network(), images()
+    box = Interval(images(seed=1), torch.full_like(x, 0.1))
+    torch.testing.assert_close(
+        outputs_and_gradients(network, merged, x, box),
+        outputs_and_gradients(network, lambda same: same, x, box),
+    )
+
+
+def test_merging_leaves_the_network_alone_and_has_no_batch_norm():
+    network, x = digits_network(), images()
+    names = [name for name, _ in network.named_parameters()]
+    with clean_statistics(network, x):
+        layers = merged(network)
+    assert not any(isinstance(layer, BatchNorm) for layer in layers)
+    assert [name for name, _ in network.named_parameters()] == names
+    assert not list(layers[0].parameters())  # no copy that an optimizer might take for one
+
+
+def test_what_cannot_be_merged_stays_as_it_is():
+    plain = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    assert merged(plain) is plain
+    first = nn.Sequential(BatchNorm(2), nn.Linear(2, 2))
+    with clean_statistics(first, torch.randn(3, 2)):
+        assert list(merged(first)) == list(first)
+    residual = Residual(nn.Sequential(nn.Linear(2, 2), BatchNorm(2)))
+    assert merged(residual) is residual
+
+
+def test_merging_without_clean_statistics_is_refused():
+    with pytest.raises(RuntimeError, match="clean_statistics"):
+        merged(digits_network())
 
 
 class Loss(nn.Module):

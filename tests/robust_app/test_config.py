@@ -42,6 +42,7 @@ configs = st.builds(
     fosc_decay_epochs=durations,
     moment_decay=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
     regularization=durations,
+    preference=st.tuples(above_zero, above_zero),
     authors_weights=st.booleans(),
     natural_weight=st.tuples(units, units),
     crown_share=st.tuples(units, units),
@@ -121,6 +122,9 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("moment_decay", (0.9, 1), "two numbers in [0, 1)"),
         ("moment_decay", 0.9, "two numbers in [0, 1)"),
         ("regularization", -0.5, "a finite number of at least 0"),
+        ("preference", (1, 0), "two finite numbers above 0"),
+        ("preference", (1, math.inf), "two finite numbers above 0"),
+        ("preference", 2.0, "two finite numbers above 0"),
         ("batch_norm", 0, "true or false"),
         ("ibp_initialization", "yes", "true or false"),
         ("certified_ramp", 1.0, "true or false"),
@@ -196,7 +200,7 @@ def test_missing_keys_are_named():
 
 def test_what_the_paper_fixes_has_a_default():
     values = dataclasses.asdict(DIGITS)
-    fixed = ("moment_decay", "regularization", "attack_step")
+    fixed = ("moment_decay", "regularization", "preference", "attack_step")
     departures = ("batch_norm", "ibp_initialization", "certified_ramp", "authors_weights")
     beyond = ("one_start_per_batch", "box_regularizers", "stages")
     for name in (*fixed, *departures, *beyond):
@@ -204,6 +208,7 @@ def test_what_the_paper_fixes_has_a_default():
     config = Config.from_mapping(values)
     assert config.moment_decay == (0.9, 0.99)
     assert (config.regularization, config.attack_step) == (0.5, 1.25)
+    assert config.preference == (1, 1)
     assert not any(getattr(config, name) for name in (*departures, *beyond))
     assert config.total_epochs == config.epochs
 

@@ -64,10 +64,13 @@ def test_the_attacks():
 
 def test_the_rules():
     config = dataclasses.replace(DIGITS, regularization=0.25)
+    leaning = dataclasses.replace(config, preference=(1.0, 3.0))
     theirs = dataclasses.replace(config, authors_weights=True)
     assert METHODS["weighted-sum"].rule(config) == Constant((1.0, 1.0))
+    assert METHODS["weighted-sum"].rule(leaning) == Constant((1.0, 3.0))
     for name in ("advibp", "advcrown-ibp"):
         assert METHODS[name].rule(config) == BisectorProjection(0.25)
+        assert METHODS[name].rule(leaning) == BisectorProjection(0.25, (1.0, 3.0))
         assert METHODS[name].rule(theirs) == AuthorsWeights(0.25)
 
 
@@ -90,6 +93,14 @@ def test_an_unknown_method_names_the_nearest():
         (
             {"method": "weighted-sum", "authors_weights": True},
             "authors_weights: expected false for weighted-sum, found true",
+        ),
+        (
+            {"authors_weights": True, "preference": (1, 2)},
+            "preference: expected [1, 1] for authors_weights, found [1.0, 2.0]",
+        ),
+        (
+            {"method": "ibp", "adversarial_epochs": 0.0, "preference": (1, 2)},
+            "preference: expected [1, 1] for ibp, found [1.0, 2.0]",
         ),
         (
             {"method": "ibp", "adversarial_epochs": 0.0, "certified_ramp": True},

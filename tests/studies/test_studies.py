@@ -1,0 +1,149 @@
+"""Studies on a few digits, end to end; examples in their docstrings hold."""
+
+import dataclasses
+import doctest
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from mogd import BisectorProjection, UnbiasedMultiGradient
+from mogd.rules import conflicting
+from robust_app.run_directory import RunDirectory
+from robust_app.session import load_network
+from tests.robust_app.runs import few_digits, full_strength, trained
+from tests.studies import report
+from tests.studies.__main__ import main, work
+from tests.studies.running import Setup, carry_out, slug
+from tests.studies.studies import STUDIES, Study
+from tests.studies.variations import (
+    NormsOfMoments,
+    OwnBatch,
+    Variation,
+    bisectors,
+    changed_rules,
+    weighted_sums,
+)
+
+HERE = Path(__file__).parent
+QUIET = Console(quiet=True)
+VARIATIONS = [*weighted_sums((1, 2), (2, 1)), *bisectors((1, 1)), *changed_rules((1, 3))]
+
+
+@pytest.mark.parametrize(
+    "name", [file.stem for file in sorted(HERE.glob("[!_]*.py")) if "test" not in file.stem]
+)
+def test_the_examples_hold(name):
+    module = importlib.import_module(f"tests.studies.{name}")
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studies")
+    config = full_strength("advibp", epochs=1, pgd_steps=2)
+    (folder / "start").mkdir()
+    RunDirectory(folder / "start").start(config)
+    trained(config, folder / "start", (1,), few_digits())
+    # Few test images too:
+    dataset = dataclasses.replace(
+        few_digits(), x_test=few_digits().x_test[:20], y_test=few_digits().y_test[:20]
+    )
+    return Setup(config, (0.03, 0.06), dataset, None, folder / "runs", folder / "start")
+
+
+def test_every_variation_trains_another_network_from_the_same_start(setup, tmp_path):
+    study = Study("few", "digits", (), VARIATIONS)
+    work(study, setup, (0,), None, tmp_path, {"seed": 0})
+    found = json.loads((tmp_path / "few.json").read_text())
+    assert [row["name"] for row in found["rows"]] == [v.name for v in VARIATIONS]
+    networks = []
+    for variation in VARIATIONS:
+        directory = RunDirectory(setup.folder / f"{slug(variation.name)}-seed0")
+        network, epoch = load_network(directory, setup.dataset, "last")
+        assert epoch == 1
+        networks.append(torch.nn.utils.parameters_to_vector(network.parameters()).detach())
+    start, _ = load_network(RunDirectory(setup.start), setup.dataset, "last")
+    begun = torch.nn.utils.parameters_to_vector(start.parameters()).detach()
+    for index, parameters in enumerate(networks):
+        assert 0 < (parameters - begun).norm() < 0.2 * begun.norm()
+        assert not any(torch.equal(parameters, other) for other in networks[index + 1 :])
+    table = (tmp_path / "few-table.md").read_text().splitlines()
+    assert len(table) == 2 + len(VARIATIONS)
+    assert "verified at 0.06" in table[0]
+
+
+def test_what_is_done_is_not_done_again(setup):
+    [variation] = weighted_sums((1, 5))
+    row = carry_out(setup, variation, 1, QUIET)
+    before = {file: file.stat().st_mtime_ns for file in setup.folder.glob("*-5-seed1/*")}
+    assert carry_out(setup, variation, 1, QUIET) == row
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    standard, verified = row["errors"][0]["standard"], row["errors"][0]["verified"]
+    assert 0 <= standard <= row["errors"][0]["PGD"] <= verified <= row["errors"][1]["verified"]
+
+
+def test_weights_of_the_batch_itself_are_those_of_its_gradients():
+    torch.manual_seed(0)
+    theta = torch.nn.Parameter(torch.randn(5, dtype=torch.float64))
+    optimizer = UnbiasedMultiGradient([theta], lr=0.1)
+    Variation("own", "own", own_batch=True).apply_to(optimizer)
+    assert type(optimizer) is OwnBatch
+    for _ in range(3):
+        gradients = torch.randn(2, 5, dtype=torch.float64)
+        record = optimizer.backward([gradient @ theta for gradient in gradients])
+        gramian, norms = gradients @ gradients.T, gradients.norm(dim=1)
+        expected = BisectorProjection()(gramian, norms, torch.tensor(0)).weights
+        torch.testing.assert_close(record.weights, expected)
+        assert record.conflict == conflicting(gramian, norms)
+        torch.testing.assert_close(theta.grad, expected @ gradients)
+        optimizer.step()
+
+
+def test_with_the_norms_of_moments_the_projection_is_orthogonal():
+    m = torch.tensor([[3.0, 0.0], [-4.0, 3.0]])
+    noisy = 2 * m.norm(dim=1)
+    for favoured in (0, 1):
+        rule = NormsOfMoments(BisectorProjection())
+        step = rule(m @ m.T, noisy, torch.tensor(favoured)).weights @ m
+        assert abs(step @ m[1 - favoured]) < 1e-5
+
+
+def test_the_picture_is_drawn_the_same_each_time(tmp_path):
+    rows = [
+        {
+            "name": f"{family} {number}",
+            "family": family,
+            "seed": seed,
+            "last_epoch": {},
+            "errors": [
+                {"epsilon": 0.3, "standard": 3 + seed, "PGD": 5 + seed, "verified": 9 + number},
+                {"epsilon": 0.4, "standard": 3 + seed, "verified": 15 + number},
+            ],
+        }
+        for family in ("a", "b")
+        for number in (0, 1)
+        for seed in (0, 1)
+    ]
+    report.save("picture", {}, rows, tmp_path)
+    first = (tmp_path / "picture.svg").read_bytes()
+    report.save("picture", {}, rows, tmp_path)
+    assert (tmp_path / "picture.svg").read_bytes() == first
+    assert "| a 0 | 2 | 3.50 ± 0.71 | 5.50 ± 0.71 | 9.00 ± 0.00 |" in (
+        tmp_path / "picture-table.md"
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_every_run_of_a_study_has_a_name_of_its_own(study):
+    names = [slug(variation.name) for variation in study.variations]
+    assert len(set(names)) == len(names)
+
+
+def test_an_unknown_study_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["nothing", "--runs", "x"])
+    assert "nothing" in capsys.readouterr().err
