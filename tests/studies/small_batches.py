@@ -23,16 +23,20 @@ BATCHES = (1, 4, 16, 64, 256)
 
 @dataclass(frozen=True)
 class Way:
-    """How a step is weighed: by which optimizer and rule, with which loss first in conflict."""
+    """How a step is weighed."""
 
     optimizer: Callable[..., UnbiasedMultiGradient]
     rule: Rule
+    moment_decay: tuple[float, float] = (0.9, 0.99)
 
 
 WAYS = {
     "weighted sum": Way(UnbiasedMultiGradient, Constant((0.5, 0.5))),
     "past gradients": Way(UnbiasedMultiGradient, BisectorProjection()),
     "past gradients, ‖m‖ for v": Way(UnbiasedMultiGradient, NormsOfMoments(BisectorProjection())),
+    "the same, β₁ = 0.99": Way(
+        UnbiasedMultiGradient, NormsOfMoments(BisectorProjection()), (0.99, 0.99)
+    ),
     "this batch's gradients": Way(OwnBatch, BisectorProjection()),
 }
 
@@ -63,7 +67,13 @@ def end(problem: Problem, way: Way, batch: int, seed: int, steps: int = STEPS) -
     """Where a run ends, its step size falling linearly to a hundredth."""
     random = torch.Generator().manual_seed(seed)
     theta = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True)
-    optimizer = way.optimizer([theta], lr=STEP_SIZE, rule=way.rule, priority=Fixed(0))
+    optimizer = way.optimizer(
+        [theta],
+        lr=STEP_SIZE,
+        rule=way.rule,
+        moment_decay=way.moment_decay,
+        priority=Fixed(0),
+    )
     schedule = LinearLR(optimizer, 1.0, 0.01, steps)
     everything = torch.arange(EXAMPLES)
     for _ in range(steps):
