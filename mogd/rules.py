@@ -6,7 +6,7 @@ A rule never sees a gradient: all it knows are the inner products and the norm m
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,10 +112,13 @@ class BisectorProjection(Rule):
         preference: pₖ > 0, how far the step leans to each loss in agreement: along
             Σₖ pₖ mₖ/vₖ. Equal numbers, the default, are the paper's bisector; only the ratio
             counts. In conflict the priority decides.
+        norms: what stands for the length of a gradient: of ``"gradients"`` the mean norm vₖ, the
+            paper's; of ``"moments"`` the norm ‖mₖ‖ of the mean gradient. Noise makes vₖ the larger
+            one, and then the projection removes too little; with ‖mₖ‖ it is exact.
 
     Raises:
-        ValueError: if ``regularization`` is negative or not finite, or ``preference`` is not two
-            finite numbers above 0; on use, if K is not 2.
+        ValueError: if ``regularization`` is negative or not finite, ``preference`` is not two
+            finite numbers above 0, or ``norms`` is neither; on use, if K is not 2.
 
     Where ⟨m₁, m₂⟩ → 0⁺ (unit moments) the weights tend to (½, ½); at 0 they jump to the unit
     vector of the favoured loss, so the step jumps by ‖m₁ - m₂‖/2.
@@ -125,6 +128,7 @@ class BisectorProjection(Rule):
 
     regularization: float = 0.5
     preference: tuple[float, float] = (1.0, 1.0)  # p
+    norms: Literal["gradients", "moments"] = "gradients"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.regularization < float("inf"):
@@ -136,6 +140,8 @@ class BisectorProjection(Rule):
             raise ValueError(
                 f"preference must be two finite numbers above 0, got {self.preference!r}"
             )
+        if self.norms not in ("gradients", "moments"):
+            raise ValueError(f"norms must be 'gradients' or 'moments', got {self.norms!r}")
 
     def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
         if norms.numel() != 2:
@@ -144,10 +150,11 @@ class BisectorProjection(Rule):
                 "give UnbiasedMultiGradient another rule for more or fewer"
             )
         conflict = conflicting(gramian, norms)
+        lengths = gramian.diagonal().sqrt() if self.norms == "moments" else norms
         weights = torch.where(
             conflict,
-            projection(gramian, norms, prioritized),
-            bisector(gramian, norms, self.preference),
+            projection(gramian, lengths, prioritized),
+            bisector(gramian, lengths, self.preference),
         )
         # 0 for the first loss, and 1 for the second where a conflict favours it:
         regularized = torch.arange(2, device=norms.device) * (conflict & (prioritized == 1))

@@ -10,6 +10,7 @@ from mogd import BisectorProjection, Constant, GramianRule
 from mogd.rules import bisector, conflicting, projection
 
 RULE = BisectorProjection()
+OF_MOMENTS = BisectorProjection(norms="moments")
 fewer = settings(max_examples=60)
 exponents = st.integers(-30, 30)
 indices = st.integers(0, 1)
@@ -194,8 +195,8 @@ def test_weights_are_always_finite(data, favoured, a, b, v_1, v_2):
     unit = data.draw(vectors(3, st.just(0)))
     other = data.draw(st.one_of(vectors(3, st.just(0)), st.sampled_from([unit, -unit])))
     m = torch.stack([a * unit, b * other])
-    for v in (norms(m), doubles(v_1, v_2)):
-        weighting = weigh(m, favoured, v)
+    for v, rule in ((norms(m), RULE), (doubles(v_1, v_2), RULE), (doubles(v_1, v_2), OF_MOMENTS)):
+        weighting = weigh(m, favoured, v, rule)
         assert weighting.weights.isfinite().all()
         assert weighting.regularization.isfinite().all()
 
@@ -285,6 +286,21 @@ def test_no_preference_makes_a_weight_infinite(preference, scale):
 def test_a_bad_preference_is_refused(preference):
     with pytest.raises(ValueError, match=r"preference must be two finite numbers above 0, got"):
         BisectorProjection(preference=preference)
+
+
+@fewer
+@given(pairs(), indices, st.floats(1, 100), st.floats(1, 100))
+def test_with_the_norms_of_moments_noise_in_the_gradients_counts_for_nothing(m, favoured, a, b):
+    noisy = weigh(m, favoured, norms(m) * doubles(a, b), OF_MOMENTS)
+    assert_close(noisy.weights, weigh(m, favoured).weights, rtol=1e-9, atol=0)
+    if conflicting(gramian(m), norms(m)):
+        step, other = noisy.weights @ m, m[1 - favoured]
+        assert abs(step @ other) <= 1e-9 * m[favoured].norm() * other.norm()
+
+
+def test_unknown_norms_are_refused():
+    with pytest.raises(ValueError, match="norms must be 'gradients' or 'moments', got 'm'"):
+        BisectorProjection(norms="m")
 
 
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])

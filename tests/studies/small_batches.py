@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
 
 from mogd import BisectorProjection, Constant, Fixed, Rule, UnbiasedMultiGradient
-from tests.studies.variations import NormsOfMoments, OwnBatch
+from tests.studies.variations import OwnBatch
 
 FEATURES, EXAMPLES, STEPS, STEP_SIZE = 10, 1024, 1500, 0.02
 BATCHES = (1, 4, 16, 64, 256)
@@ -33,9 +33,9 @@ class Way:
 WAYS = {
     "weighted sum": Way(UnbiasedMultiGradient, Constant((0.5, 0.5))),
     "past gradients": Way(UnbiasedMultiGradient, BisectorProjection()),
-    "past gradients, ‖m‖ for v": Way(UnbiasedMultiGradient, NormsOfMoments(BisectorProjection())),
+    "past gradients, ‖m‖ for v": Way(UnbiasedMultiGradient, BisectorProjection(norms="moments")),
     "the same, β₁ = 0.99": Way(
-        UnbiasedMultiGradient, NormsOfMoments(BisectorProjection()), (0.99, 0.99)
+        UnbiasedMultiGradient, BisectorProjection(norms="moments"), (0.99, 0.99)
     ),
     "this batch's gradients": Way(OwnBatch, BisectorProjection()),
 }

@@ -20,7 +20,6 @@ from tests.studies.__main__ import main, work
 from tests.studies.running import Setup, carry_out, slug
 from tests.studies.studies import STUDIES, Study
 from tests.studies.variations import (
-    NormsOfMoments,
     OwnBatch,
     Variation,
     bisectors,
@@ -101,15 +100,6 @@ def test_weights_of_the_batch_itself_are_those_of_its_gradients():
         assert record.conflict == conflicting(gramian, norms)
         torch.testing.assert_close(theta.grad, expected @ gradients)
         optimizer.step()
-
-
-def test_with_the_norms_of_moments_the_projection_is_orthogonal():
-    m = torch.tensor([[3.0, 0.0], [-4.0, 3.0]])
-    noisy = 2 * m.norm(dim=1)
-    for favoured in (0, 1):
-        rule = NormsOfMoments(BisectorProjection())
-        step = rule(m @ m.T, noisy, torch.tensor(favoured)).weights @ m
-        assert abs(step @ m[1 - favoured]) < 1e-5
 
 
 def test_the_picture_is_drawn_the_same_each_time(tmp_path):

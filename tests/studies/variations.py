@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from mogd import BisectorProjection, Fixed, Record, Rule, UnbiasedMultiGradient, Weighting
+from mogd import BisectorProjection, Fixed, Record, Rule, UnbiasedMultiGradient
 from mogd.gradients import LossGradients
 from mogd.moments import Moments, norm
 from mogd.priority import Priority
@@ -40,21 +39,6 @@ class Variation:
         optimizer.priority = self.priority or optimizer.priority
         if self.own_batch:
             optimizer.__class__ = OwnBatch
-
-
-@dataclass(frozen=True)
-class NormsOfMoments(Rule):
-    """A rule that is told ‖mₖ‖ in place of vₖ: a bisector and a projection in the exact sense.
-
-    >>> gramian, v = torch.tensor([[4.0, -1.0], [-1.0, 1.0]]), torch.tensor([9.0, 9.0])
-    >>> NormsOfMoments(BisectorProjection())(gramian, v, torch.tensor(0)).weights
-    tensor([1., 1.])
-    """
-
-    rule: Rule
-
-    def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
-        return self.rule(gramian, gramian.diagonal().clamp(min=0).sqrt(), prioritized)
 
 
 class OwnBatch(UnbiasedMultiGradient):
@@ -101,7 +85,7 @@ def changed_rules(preference: tuple[float, float]) -> list[Variation]:
     """The paper's rule with one thing changed each, at one preference."""
     at = f"mogd {ratio(*preference)}"
     changes = {"method": "advibp", "preference": preference}
-    exact = NormsOfMoments(BisectorProjection(preference=preference))
+    exact = BisectorProjection(preference=preference, norms="moments")
     return [
         Variation(f"{at}, this batch's gradients", "this batch", changes, own_batch=True),
         Variation(f"{at}, ‖m‖ for v", "‖m‖ for v", changes, rule=exact),
