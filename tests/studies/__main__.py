@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from robust_app import data, environment, recipes
-from robust_app.config import override
+from robust_app.config import override, with_epochs
 from robust_app.errors import UserError
 from robust_app.freed_memory import keep_freed_memory
 from tests.studies import report
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     keep_freed_memory()  # as the command line does
     study = STUDIES[given.study]
-    config = override(recipes.load(study.recipe), [*study.settings, *given.set])
+    config = with_epochs(recipes.load(study.recipe), study.epochs)
+    config = override(config, [*study.settings, *given.set])
     setup = Setup(
         config,
         study.epsilons,

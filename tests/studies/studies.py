@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.studies.variations import Variation, bisectors, changed_rules, weighted_sums
+from tests.studies.variations import (
+    Variation,
+    ablations,
+    bisectors,
+    changed_rules,
+    weighted_sums,
+)
 
 
 @dataclass(frozen=True)
@@ -13,7 +19,8 @@ class Study:
     Attributes:
         name: of its files.
         recipe: of :mod:`robust_app.recipes`.
-        settings: ``key=value`` on top of it.
+        epochs: that its schedule is scaled to.
+        settings: ``key=value`` on top of that.
         variations: what is compared.
         epsilons: radii of the last networks' errors, PGD at the first.
         seeds: of a run each.
@@ -22,6 +29,7 @@ class Study:
 
     name: str
     recipe: str
+    epochs: int
     settings: Sequence[str]
     variations: Sequence[Variation]
     epsilons: tuple[float, ...] = (0.3, 0.4)
@@ -34,7 +42,6 @@ CONTINUED = (
     "batch_norm=false",
     "ibp_initialization=false",
     "box_regularizers=0.0",
-    "epochs=3",
     "natural_epochs=0",
     "ramp_epochs=0",
     "fosc_maximum=0.0",  # the certified loss goes first in conflict, as late in a paper's run
@@ -51,6 +58,7 @@ STUDIES = {
         Study(
             name="fronts",
             recipe="mnist-dm-small-short",
+            epochs=3,
             settings=CONTINUED,
             variations=[
                 *weighted_sums((1, 16), (1, 4), (1, 1), (2, 1), (4, 1), (8, 1), (16, 1)),
@@ -58,6 +66,20 @@ STUDIES = {
                 *changed_rules((1, 1)),
             ],
             start="start",
+        ),
+        Study(
+            name="ablations",
+            recipe="mnist-dm-small-short",
+            epochs=20,
+            settings=(
+                "precision=bf16",
+                "learning_rate=2e-3",
+                "certified_ramp=true",
+                "preference=[1, 10]",
+                "pgd_steps=20",
+            ),
+            variations=ablations(),
+            seeds=(0,),
         ),
     )
 }

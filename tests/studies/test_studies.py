@@ -55,7 +55,7 @@ def setup(tmp_path_factory):
 
 
 def test_every_variation_trains_another_network_from_the_same_start(setup, tmp_path):
-    study = Study("few", "digits", (), VARIATIONS)
+    study = Study("few", "digits", 1, (), VARIATIONS)
     work(study, setup, (0,), None, tmp_path, {"seed": 0})
     found = json.loads((tmp_path / "few.json").read_text())
     assert [row["name"] for row in found["rows"]] == [v.name for v in VARIATIONS]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from mogd import BisectorProjection, Fixed, Record, Rule, UnbiasedMultiGradient
@@ -91,4 +92,36 @@ def changed_rules(preference: tuple[float, float]) -> list[Variation]:
         Variation(f"{at}, ‖m‖ for v", "‖m‖ for v", changes, rule=exact),
         Variation(f"{at}, adversarial first", "adversarial first", changes, priority=Fixed(0)),
         Variation(f"{at}, no κ_reg", "no κ_reg", changes | {"regularization": 0.0}),
+        Variation(f"{at}, either first", "either first", changes, priority=either),
     ]
+
+
+def either(_: Tensor) -> Tensor:
+    """A priority that knows nothing: even odds, whatever the batch."""
+    return torch.randint(2, ())
+
+
+def ablations() -> list[Variation]:
+    """Whole runs that differ in one thing from the first."""
+    moments = BisectorProjection(preference=(1.0, 10.0), norms="moments")
+    alone = {"method": "ibp", "natural_weight": (0.0, 0.0), "certified_ramp": False}
+    changed: dict[str, dict[str, Any]] = {
+        "paper's bisector": {"preference": (1.0, 1.0)},
+        "joint from the start": {"certified_ramp": False},
+        "no κ_reg": {"regularization": 0.0},
+        "c_max 0.0256": {"fosc_maximum": 0.0256},
+        "weighted sum 2 to 1": {"method": "weighted-sum", "preference": (2.0, 1.0)},
+        "weighted sum 1 to 1": {"method": "weighted-sum", "preference": (1.0, 1.0)},
+        "certified loss alone": alone | {"preference": (1.0, 1.0)},
+        "no BatchNorm": {"batch_norm": False},
+        "torch's initialisation": {"ibp_initialization": False},
+        "no regularisers of boxes": {"box_regularizers": 0.0},
+        "float32": {"precision": "float32"},
+    }
+    runs = [Variation("mogd 1 to 10", "mogd 1 to 10")]
+    runs += [Variation(name, name, changes) for name, changes in changed.items()]
+    runs += [
+        Variation("‖m‖ for v", "‖m‖ for v", rule=moments),
+        Variation("this batch's gradients", "this batch's gradients", own_batch=True),
+    ]
+    return runs
