@@ -43,10 +43,10 @@ def test_the_examples_hold(name):
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("studies")
-    config = full_strength("advibp", epochs=1, pgd_steps=2)
+    config = full_strength("advibp", epochs=4, pgd_steps=2)
     (folder / "start").mkdir()
     RunDirectory(folder / "start").start(config)
-    trained(config, folder / "start", (1,), few_digits())
+    trained(config, folder / "start", (4,), few_digits())
     # Few test images too:
     dataset = dataclasses.replace(
         few_digits(), x_test=few_digits().x_test[:20], y_test=few_digits().y_test[:20]
@@ -63,12 +63,12 @@ def test_every_variation_trains_another_network_from_the_same_start(setup, tmp_p
     for variation in VARIATIONS:
         directory = RunDirectory(setup.folder / f"{slug(variation.name)}-seed0")
         network, epoch = load_network(directory, setup.dataset, "last")
-        assert epoch == 1
+        assert epoch == 4
         networks.append(torch.nn.utils.parameters_to_vector(network.parameters()).detach())
     start, _ = load_network(RunDirectory(setup.start), setup.dataset, "last")
     begun = torch.nn.utils.parameters_to_vector(start.parameters()).detach()
     for index, parameters in enumerate(networks):
-        assert 0 < (parameters - begun).norm() < 0.2 * begun.norm()
+        assert 0 < (parameters - begun).norm() < 0.5 * begun.norm()
         assert not any(torch.equal(parameters, other) for other in networks[index + 1 :])
     table = (tmp_path / "few-table.md").read_text().splitlines()
     assert len(table) == 2 + len(VARIATIONS)
