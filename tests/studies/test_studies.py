@@ -10,8 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from mogd import BisectorProjection, UnbiasedMultiGradient
+from mogd import BisectorProjection, Fixed, UnbiasedMultiGradient
+from mogd.priority import ask
 from mogd.rules import conflicting
+from robust_app import methods
 from robust_app.run_directory import RunDirectory
 from robust_app.session import load_network
 from tests.robust_app.runs import few_digits, full_strength, trained
@@ -29,7 +31,8 @@ from tests.studies.variations import (
 
 HERE = Path(__file__).parent
 QUIET = Console(quiet=True)
-VARIATIONS = [*weighted_sums((1, 2), (2, 1)), *bisectors((1, 1)), *changed_rules((1, 3))]
+OWN, OF_MOMENTS, FIRST, UNREGULARIZED, EITHER = changed_rules((1, 3))
+VARIATIONS = [*weighted_sums((1, 2), (2, 1)), *bisectors((1, 1), (1, 3)), OWN, OF_MOMENTS]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,12 @@ def test_every_variation_trains_another_network_from_the_same_start(setup, tmp_p
     begun = torch.nn.utils.parameters_to_vector(start.parameters()).detach()
     for index, parameters in enumerate(networks):
         assert 0 < (parameters - begun).norm() < 0.5 * begun.norm()
-        assert not any(torch.equal(parameters, other) for other in networks[index + 1 :])
+        same = [
+            other.name
+            for other, found in zip(VARIATIONS[:index], networks, strict=False)
+            if torch.equal(parameters, found)
+        ]
+        assert not same, VARIATIONS[index].name
     table = (tmp_path / "few-table.md").read_text().splitlines()
     assert len(table) == 2 + len(VARIATIONS)
     assert "verified at 0.06" in table[0]
@@ -100,6 +108,28 @@ def test_weights_of_the_batch_itself_are_those_of_its_gradients():
         assert record.conflict == conflicting(gramian, norms)
         torch.testing.assert_close(theta.grad, expected @ gradients)
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("variation", "favoured", "regularization"),
+    [(bisectors((1, 3))[0], 1, 0.5), (FIRST, 0, 0.5), (UNREGULARIZED, 1, 0.0)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_what_differs_in_conflict_alone(variation, favoured, regularization):
+    config = full_strength(**variation.changes, fosc_maximum=0.0)
+    rule = methods.find(config.method).rule(config)
+    optimizer = UnbiasedMultiGradient(
+        [torch.nn.Parameter(torch.zeros(2))], lr=0.1, rule=rule, priority=Fixed(1)
+    )
+    variation.apply_to(optimizer)
+    assert int(ask(optimizer.priority, torch.ones(2))) == favoured
+    assert optimizer.rule.regularization == regularization
+
+
+def test_a_priority_that_knows_nothing_has_even_odds():
+    torch.manual_seed(0)
+    answers = torch.stack([ask(EITHER.priority, torch.ones(2)) for _ in range(400)])
+    assert 150 < int(answers.sum()) < 250
 
 
 def test_the_picture_is_drawn_the_same_each_time(tmp_path):
