@@ -8,6 +8,7 @@ from tests.studies.variations import (
     ablations,
     bisectors,
     changed_rules,
+    shared_priorities,
     weighted_sums,
 )
 
@@ -64,6 +65,7 @@ STUDIES = {
                 *weighted_sums((1, 16), (1, 4), (1, 1), (2, 1), (4, 1), (8, 1), (16, 1)),
                 *bisectors((1, 1), (1, 3), (1, 10)),
                 *changed_rules((1, 1)),
+                *shared_priorities(0.25, 0.5, 0.75),
             ],
             start="start",
         ),

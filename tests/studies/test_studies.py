@@ -26,12 +26,13 @@ from tests.studies.variations import (
     Variation,
     bisectors,
     changed_rules,
+    shared_priorities,
     weighted_sums,
 )
 
 HERE = Path(__file__).parent
 QUIET = Console(quiet=True)
-OWN, OF_MOMENTS, FIRST, UNREGULARIZED, EITHER = changed_rules((1, 3))
+OWN, OF_MOMENTS, FIRST, UNREGULARIZED = changed_rules((1, 3))
 VARIATIONS = [*weighted_sums((1, 2), (2, 1)), *bisectors((1, 1), (1, 3)), OWN, OF_MOMENTS]
 
 
@@ -126,10 +127,11 @@ def test_what_differs_in_conflict_alone(variation, favoured, regularization):
     assert optimizer.rule.regularization == regularization
 
 
-def test_a_priority_that_knows_nothing_has_even_odds():
+def test_a_priority_by_lot_favours_the_first_in_its_share():
     torch.manual_seed(0)
-    answers = torch.stack([ask(EITHER.priority, torch.ones(2)) for _ in range(400)])
-    assert 150 < int(answers.sum()) < 250
+    [variation] = shared_priorities(0.25)
+    answers = torch.stack([ask(variation.priority, torch.ones(2)) for _ in range(400)])
+    assert 60 < int((answers == 0).sum()) < 140
 
 
 def test_the_picture_is_drawn_the_same_each_time(tmp_path):

@@ -92,13 +92,30 @@ def changed_rules(preference: tuple[float, float]) -> list[Variation]:
         Variation(f"{at}, ‖m‖ for v", "‖m‖ for v", changes, rule=exact),
         Variation(f"{at}, adversarial first", "adversarial first", changes, priority=Fixed(0)),
         Variation(f"{at}, no κ_reg", "no κ_reg", changes | {"regularization": 0.0}),
-        Variation(f"{at}, either first", "either first", changes, priority=either),
     ]
 
 
-def either(_: Tensor) -> Tensor:
-    """A priority that knows nothing: even odds, whatever the batch."""
-    return torch.randint(2, ())
+@dataclass(frozen=True)
+class Odds:
+    """A priority that knows nothing of the batch: the first loss with a given probability."""
+
+    first: float
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        return (torch.rand(()) >= self.first).long()
+
+
+def shared_priorities(*shares: float) -> list[Variation]:
+    """The paper's rule where each loss goes first in a share of the conflicts, at random."""
+    return [
+        Variation(
+            f"mogd, adversarial first in {share:.0%}",
+            "mogd, priority by lot",
+            {"method": "advibp"},
+            priority=Odds(share),
+        )
+        for share in shares
+    ]
 
 
 def ablations() -> list[Variation]:
