@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # The large networks, a slice of time at a time: each call goes on where the last one stopped.
 #
-#   tests/studies/large.sh DATA_ROOT RUNS MINUTES [OPTION OF robust-app train ...]
+#   tests/studies/large.sh DATA_ROOT RUNS WHOLE_MINUTES [OPTION OF robust-app train ...]
 #   tests/studies/large.sh data runs/large 9 --execution graph
 #
-# A run that is cut off loses the epoch that it was in. MODELS and METHODS choose among the runs;
-# PYTHON is the interpreter. Ends with 0 when everything is done, with 75 when time ran out.
+# A run that is cut off loses the epoch that it was in. MODELS, CHOICES and METHODS choose
+# among the runs; PYTHON is the interpreter. Ends with 0 when everything is done, with 75 when time ran out.
 set -euo pipefail
+if [[ $# -lt 3 || ! $3 =~ ^[0-9]+$ ]]; then
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
 data=$1 runs=$2 end=$(($(date +%s) + 60 * $3))
 shift 3
 python=${PYTHON:-python3}
