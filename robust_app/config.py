@@ -95,8 +95,8 @@ class Config:
             multiplied by ``learning_rate_factor``, in (0, 1].
         natural_epochs, adversarial_epochs: T_nat and T_adv, the warm-up.
         ramp_epochs: R, in which ε grows from 0 to ε_train, counted from the end of the warm-up.
-        certified_ramp: train on the certified loss alone until ε_train is reached, as the
-            authors' code does; the paper trains on both losses from the start.
+        certified_epochs: train on the certified loss alone for so long after the warm-up; the
+            authors' code does until ε_train is reached, the paper not at all.
         fosc_maximum: c_max. The threshold c_t stays there until the ramp ends.
         fosc_decay_epochs: T', in which c_t then falls to 0.
         moment_decay: (β₁, β₂), each in [0, 1).
@@ -147,7 +147,7 @@ class Config:
     natural_epochs: Annotated[float, NONNEGATIVE]  # T_nat
     adversarial_epochs: Annotated[float, NONNEGATIVE]  # T_adv
     ramp_epochs: Annotated[float, NONNEGATIVE]  # R
-    certified_ramp: Annotated[bool, SWITCH] = False
+    certified_epochs: Annotated[float, NONNEGATIVE] = 0.0
     fosc_maximum: Annotated[float, NONNEGATIVE]  # c_max
     fosc_decay_epochs: Annotated[float, NONNEGATIVE]  # T'
     moment_decay: Annotated[tuple[float, float], DECAYS] = (0.9, 0.99)  # β₁, β₂
@@ -179,10 +179,11 @@ class Config:
             if not rule.admits(value):
                 raise UserError(f"{name}: expected {rule.expectation}, found {value!r}")
             object.__setattr__(self, name, rule.convert(value))
-        needed = self.natural_epochs + self.adversarial_epochs + self.ramp_epochs
+        main = max(self.ramp_epochs, self.certified_epochs)
+        needed = self.natural_epochs + self.adversarial_epochs + main
         if needed > self.epochs * (1 + 1e-9):
             raise UserError(
-                f"epochs: expected at least the {needed:g} of warm-up and ramp, "
+                f"epochs: expected at least the {needed:g} of its phases and ramp, "
                 f"found {self.epochs} (train --epochs shortens the whole schedule)"
             )
 
@@ -293,7 +294,8 @@ def with_epochs(config: Config, epochs: int) -> Config:
     def scaled(duration: float) -> float:
         return duration * epochs / config.epochs
 
-    durations = ("natural_epochs", "adversarial_epochs", "ramp_epochs", "fosc_decay_epochs")
+    phases = ("natural_epochs", "adversarial_epochs", "certified_epochs")
+    durations = (*phases, "ramp_epochs", "fosc_decay_epochs")
     changes: dict[str, Any] = {name: scaled(getattr(config, name)) for name in durations}
     for name in ("milestones", "stage_milestones"):
         changes[name] = tuple(map(scaled, getattr(config, name)))

@@ -162,8 +162,10 @@ def check(config: Config) -> None:
         what = "authors_weights" if config.authors_weights else config.method
         found = list(config.preference)
         raise UserError(f"preference: expected [1, 1] for {what}, found {found}")
-    if config.certified_ramp and "adversarial" not in method.losses:
-        raise UserError(f"certified_ramp: expected false for {config.method}, found true")
+    if config.certified_epochs > 0 and method.losses != JOINT:
+        raise UserError(
+            f"certified_epochs: expected 0 for {config.method}, found {config.certified_epochs:g}"
+        )
 
 
 def losses_of(method: Method, phase: Phase) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ class Phase(Enum):
 
     NATURAL = "natural"
     ADVERSARIAL = "adversarial"
-    CERTIFIED = "certified"  # a ramp of the certified loss alone, where the config asks for it
+    CERTIFIED = "certified"  # alone, where the config asks for it
     MAIN = "main"
 
 
@@ -133,7 +133,7 @@ def setting(config: Config, t: float) -> Setting:
         t,
         config.natural_epochs,
         config.adversarial_epochs,
-        config.ramp_epochs if config.certified_ramp else 0,
+        config.certified_epochs,
     )
     ramp = smoothed_ramp(since_warm_up, config.ramp_epochs)
     share = {Phase.NATURAL: 0.0, Phase.ADVERSARIAL: 1.0}.get(now, ramp)

@@ -328,7 +328,7 @@ def test_printing_an_unknown_recipe_names_the_nearest(robust_app):
         (("--set", "method=latent-adversarial"), ("stages", "at least 1")),
         (("--set", "method=natural"), ("adversarial_epochs", "natural")),
         (("--recipe", "digits-diffai", "--set", "natural_weight=[1, 0]"), ("natural_weight",)),
-        (("--recipe", "digits-ibp", "--set", "certified_ramp=true"), ("certified_ramp", "ibp")),
+        (("--recipe", "digits-ibp", "--set", "certified_epochs=2"), ("certified_epochs", "ibp")),
         (("--recipe", "digits-ibp", "--set", "authors_weights=true"), ("authors_weights",)),
         (("--set", "batch_norm=true", "--set", "batch_size=1"), ("batch_size", "at least 2")),
         (("--set", "natural_weight=0.5"), ("natural_weight", "two numbers", "0.5")),

@@ -37,7 +37,7 @@ configs = st.builds(
     natural_epochs=st.floats(0, 0.25),  # together at most one epoch: they fit into any run
     adversarial_epochs=st.floats(0, 0.25),
     ramp_epochs=st.floats(0, 0.5),
-    certified_ramp=st.booleans(),
+    certified_epochs=st.floats(0, 0.5),
     fosc_maximum=durations,
     fosc_decay_epochs=durations,
     moment_decay=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
@@ -127,7 +127,7 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("preference", 2.0, "two finite numbers above 0"),
         ("batch_norm", 0, "true or false"),
         ("ibp_initialization", "yes", "true or false"),
-        ("certified_ramp", 1.0, "true or false"),
+        ("certified_epochs", -1.0, "a finite number of at least 0"),
         ("authors_weights", None, "true or false"),
         ("one_start_per_batch", 1, "true or false"),
         ("precision", "fp16", "float32, tf32 or bf16"),
@@ -201,7 +201,7 @@ def test_missing_keys_are_named():
 def test_what_the_paper_fixes_has_a_default():
     values = dataclasses.asdict(DIGITS)
     fixed = ("moment_decay", "regularization", "preference", "attack_step")
-    departures = ("batch_norm", "ibp_initialization", "certified_ramp", "authors_weights")
+    departures = ("batch_norm", "ibp_initialization", "certified_epochs", "authors_weights")
     beyond = ("one_start_per_batch", "box_regularizers", "stages")
     for name in (*fixed, *departures, *beyond):
         del values[name]
@@ -367,5 +367,7 @@ def test_every_recipe_can_be_rescaled_and_again_to_the_same_length(epochs):
 
 @pytest.mark.parametrize("epochs", [3, 50, 99])
 def test_a_run_that_ends_before_epsilon_is_reached_is_refused(epochs):
-    with pytest.raises(UserError, match=r"^epochs: expected at least the 100 of warm-up and ramp,"):
+    with pytest.raises(
+        UserError, match=r"^epochs: expected at least the 100 of its phases and ramp,"
+    ):
         override(recipes.load("mnist-dm-small"), [f"epochs={epochs}"])

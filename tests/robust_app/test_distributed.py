@@ -40,7 +40,7 @@ def parallel_kinds() -> dict[str, Config]:
     kinds["joint with batch norm"] = {"method": "advibp", **SHI}
     kinds["authors"] = {
         "method": "advibp",
-        "certified_ramp": True,
+        "certified_epochs": 1.0,
         "authors_weights": True,
         "one_start_per_batch": True,
     }

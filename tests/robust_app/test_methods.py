@@ -103,8 +103,8 @@ def test_an_unknown_method_names_the_nearest():
             "preference: expected [1, 1] for ibp, found [1.0, 2.0]",
         ),
         (
-            {"method": "ibp", "adversarial_epochs": 0.0, "certified_ramp": True},
-            "certified_ramp: expected false for ibp, found true",
+            {"method": "ibp", "adversarial_epochs": 0.0, "certified_epochs": 2},
+            "certified_epochs: expected 0 for ibp, found 2",
         ),
         (
             {"method": "natural"},

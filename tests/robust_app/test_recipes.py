@@ -177,7 +177,7 @@ def test_cifar10_has_the_numbers_of_the_paper(size, epsilon):
 
 def assert_the_papers_method(config: Config) -> None:
     """No departure from Algorithm 2 that the text does not name."""
-    departures = ("batch_norm", "ibp_initialization", "box_regularizers", "certified_ramp")
+    departures = ("batch_norm", "ibp_initialization", "box_regularizers", "certified_epochs")
     for name in (*departures, "authors_weights", "one_start_per_batch"):
         assert not getattr(config, name)
 
@@ -259,12 +259,12 @@ def test_the_authors_schedule_does_what_their_code_does(name, warm_up):
     paper, authors = recipes.load(name), recipes.load(f"{name}-advibp-authors")
     # ε is 0 in what the paper calls the adversarial warm-up: plain natural training.
     assert (authors.natural_epochs, authors.adversarial_epochs) == (warm_up, 0)
-    assert authors.certified_ramp
+    assert authors.certified_epochs == authors.ramp_epochs
     assert authors.authors_weights
     assert authors.one_start_per_batch
     # Their FOSC is of the batch-mean loss's gradient: 1/256 of the paper's.
     assert authors.fosc_maximum == pytest.approx(256 * 1e-4)
-    fields = ("natural_epochs", "adversarial_epochs", "certified_ramp", "authors_weights")
+    fields = ("natural_epochs", "adversarial_epochs", "certified_epochs", "authors_weights")
     changed = (*fields, "one_start_per_batch", "fosc_maximum")
     same = {field: getattr(paper, field) for field in changed}
     assert dataclasses.replace(authors, **same) == paper

@@ -189,7 +189,7 @@ def test_the_authors_ramp_of_the_certified_loss_alone():
     # The line from (1/4, 1/13) to (1, 1) is at u = 49.9 / 50 a 500th of its time from its end.
     assert shares == pytest.approx([0, 0, 1 / 13, 1 - 0.002 * 16 / 13, 1])
     # Without it the same ε, and both losses from the start.
-    both = setting(dataclasses.replace(authors, certified_ramp=False), 62.5)
+    both = setting(dataclasses.replace(authors, certified_epochs=0.0), 62.5)
     assert both == dataclasses.replace(found[2], phase=Phase.MAIN)
 
 

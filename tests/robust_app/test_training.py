@@ -145,7 +145,7 @@ def test_the_authors_schedule_ramps_the_certified_loss_alone_and_weighs_by_the_f
         epochs=4,
         natural_epochs=1.0,
         ramp_epochs=1.5,
-        certified_ramp=True,
+        certified_epochs=1.5,
         authors_weights=True,
     )
     trainer = trained(config, tmp_path, (4,), few_digits())

@@ -76,7 +76,7 @@ STUDIES = {
             settings=(
                 "precision=bf16",
                 "learning_rate=2e-3",
-                "certified_ramp=true",
+                f"certified_epochs={20 * 20 / 70}",  # as long as the ramp
                 "preference=[1, 10]",
                 "pgd_steps=20",
             ),

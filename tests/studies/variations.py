@@ -121,10 +121,10 @@ def shared_priorities(*shares: float) -> list[Variation]:
 def ablations() -> list[Variation]:
     """Whole runs that differ in one thing from the first."""
     moments = BisectorProjection(preference=(1.0, 10.0), norms="moments")
-    alone = {"method": "ibp", "natural_weight": (0.0, 0.0), "certified_ramp": False}
+    alone = {"method": "ibp", "natural_weight": (0.0, 0.0), "certified_epochs": 0.0}
     changed: dict[str, dict[str, Any]] = {
         "paper's bisector": {"preference": (1.0, 1.0)},
-        "joint from the start": {"certified_ramp": False},
+        "joint from the start": {"certified_epochs": 0.0},
         "no κ_reg": {"regularization": 0.0},
         "c_max 0.0256": {"fosc_maximum": 0.0256},
         "weighted sum 2 to 1": {"method": "weighted-sum", "preference": (2.0, 1.0)},
