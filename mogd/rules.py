@@ -112,13 +112,14 @@ class BisectorProjection(Rule):
         preference: pₖ > 0, how far the step leans to each loss in agreement: along
             Σₖ pₖ mₖ/vₖ. Equal numbers, the default, are the paper's bisector; only the ratio
             counts. In conflict the priority decides.
-        norms: what stands for the length of a gradient: of ``"gradients"`` the mean norm vₖ, the
-            paper's; of ``"moments"`` the norm ‖mₖ‖ of the mean gradient. Noise makes vₖ the larger
-            one, and then the projection removes too little; with ‖mₖ‖ it is exact.
+        length: what the rule takes for the length of a gradient: ``"mean_norm"``, the paper's vₖ,
+            or ``"norm_of_mean"``, ‖mₖ‖. Noise makes vₖ the larger one, and then the projection
+            removes too little; with ‖mₖ‖ the step along the moments is orthogonal to the other
+            moment, and noisier, for the weights grow by vₖ/‖mₖ‖.
 
     Raises:
         ValueError: if ``regularization`` is negative or not finite, ``preference`` is not two
-            finite numbers above 0, or ``norms`` is neither; on use, if K is not 2.
+            finite numbers above 0, or ``length`` is unknown; on use, if K is not 2.
 
     Where ⟨m₁, m₂⟩ → 0⁺ (unit moments) the weights tend to (½, ½); at 0 they jump to the unit
     vector of the favoured loss, so the step jumps by ‖m₁ - m₂‖/2.
@@ -128,20 +129,21 @@ class BisectorProjection(Rule):
 
     regularization: float = 0.5
     preference: tuple[float, float] = (1.0, 1.0)  # p
-    norms: Literal["gradients", "moments"] = "gradients"
+    length: Literal["mean_norm", "norm_of_mean"] = "mean_norm"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.regularization < float("inf"):
             raise ValueError(
                 f"regularization must be finite and at least 0, got {self.regularization!r}"
             )
-        pair = isinstance(self.preference, Sequence) and len(self.preference) == 2
-        if not pair or not all(0.0 < preferred < float("inf") for preferred in self.preference):
+        pair = isinstance(self.preference, tuple | list) and len(self.preference) == 2
+        if not pair or not all(map(_is_positive, self.preference)):
             raise ValueError(
                 f"preference must be two finite numbers above 0, got {self.preference!r}"
             )
-        if self.norms not in ("gradients", "moments"):
-            raise ValueError(f"norms must be 'gradients' or 'moments', got {self.norms!r}")
+        object.__setattr__(self, "preference", tuple(map(float, self.preference)))
+        if self.length not in ("mean_norm", "norm_of_mean"):
+            raise ValueError(f"length must be 'mean_norm' or 'norm_of_mean', got {self.length!r}")
 
     def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
         if norms.numel() != 2:
@@ -150,7 +152,7 @@ class BisectorProjection(Rule):
                 "give UnbiasedMultiGradient another rule for more or fewer"
             )
         conflict = conflicting(gramian, norms)
-        lengths = gramian.diagonal().sqrt() if self.norms == "moments" else norms
+        lengths = gramian.diagonal().sqrt() if self.length == "norm_of_mean" else norms
         weights = torch.where(
             conflict,
             projection(gramian, lengths, prioritized),
@@ -233,6 +235,10 @@ def slopes(weighting: Weighting, losses: Tensor) -> Tensor:
 def _seen(norms: Tensor) -> Tensor:
     """Whether there has been a gradient other than 0."""
     return norms.any()
+
+
+def _is_positive(number: object) -> bool:
+    return isinstance(number, int | float) and 0.0 < number < float("inf")
 
 
 def _constants(numbers: Sequence[float], like: Tensor) -> Tensor:

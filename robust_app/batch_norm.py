@@ -1,14 +1,13 @@
 """BatchNorm for certified training: the clean images' statistics, in every pass of a step.
 
 Source: Shi et al. 2021, "Fast Certified Robust Training with Short Warmup", section 4.1. Once
-trained, :func:`fold` leaves a network without BatchNorm that computes the same.
+trained, :func:`robust_app.folding.fold` leaves a network without BatchNorm that computes the same.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +66,11 @@ class BatchNorm(nn.Module):
         """
         if not self.has_statistics:
             raise RuntimeError(_NO_STATISTICS)
-        mean, variance = self._kept or (self.running_mean, self.running_var)
-        return self._affine(mean, variance)
+        return self._affine(*(self._kept or (self.running_mean, self.running_var)))
+
+    def running_scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The layer as it is in evaluation, whatever its mode, like :meth:`scale_and_shift`."""
+        return self._affine(self.running_mean, self.running_var)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``.
@@ -124,7 +126,7 @@ def clean_statistics(network: nn.Module, x: Tensor) -> Iterator[Callable[[], Ten
     ...     print(logits().flatten(), network(torch.tensor([[2.0]])))
     tensor([-1.,  1.]) tensor([[0.]])
     """
-    layers = [layer for layer in _batch_norms(network) if layer.training]
+    layers = [layer for layer in batch_norms(network) if layer.training]
     logits = cache(partial(network, x))
     try:
         if layers:
@@ -133,36 +135,6 @@ def clean_statistics(network: nn.Module, x: Tensor) -> Iterator[Callable[[], Ten
         yield logits
     finally:
         _forget(layers)
-
-
-def merged(network: nn.Module) -> nn.Module:
-    """The network with its BatchNorm layers merged into the layers before them, for this step.
-
-    It computes the same from the same parameters, to which gradients flow, by the statistics in
-    force now, with no pass over activations beside those of the other layers: to be made, and
-    used, inside :func:`clean_statistics`.
-
-    Args:
-        network: layers in a row, or anything else, which is returned as it is. So are BatchNorm
-            layers that follow neither Conv2d nor Linear.
-
-    >>> network = nn.Sequential(nn.Linear(1, 1, bias=False), BatchNorm(1, eps=1e-9), nn.ReLU())
-    >>> with torch.no_grad(), clean_statistics(network, torch.tensor([[1.0], [3.0]])):
-    ...     print(merged(network), merged(network)[0].bias.abs())
-    Sequential(
-      (0): Linear(in_features=1, out_features=1, bias=False)
-      (1): ReLU()
-    ) tensor([2.])
-    """
-    if type(network) is not nn.Sequential or not _batch_norms(network):
-        return network
-    layers: list[nn.Module] = []
-    for layer in network:
-        if isinstance(layer, BatchNorm) and layers and _takes_batch_norm(layers[-1]):
-            layers[-1] = _with_tensors(layers[-1], *_merge(layers[-1], *layer.scale_and_shift()))
-        else:
-            layers.append(layer)
-    return nn.Sequential(*layers)
 
 
 @torch.no_grad()
@@ -184,7 +156,7 @@ def estimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     >>> network[0].running_mean, network[0].running_var
     (tensor([3.5000]), tensor([0.5000]))
     """
-    layers = _batch_norms(network)
+    layers = batch_norms(network)
     if not layers:
         return
     modes = [(module, module.training) for module in network.modules()]
@@ -206,42 +178,6 @@ def estimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
             module.training = training
     if images == 0:
         raise ValueError("batches: expected at least one image, got none")
-
-
-def fold(network: nn.Sequential) -> nn.Sequential:
-    """A copy that computes what ``network`` does in evaluation, without BatchNorm layers.
-
-    Each is merged into the Conv2d or Linear layer before it.
-
-    Args:
-        network: layers in a row, any number of BatchNorm layers among them.
-
-    Raises:
-        ValueError: a BatchNorm layer is elsewhere.
-
-    >>> fold(nn.Sequential(nn.Linear(3, 2, bias=False), BatchNorm(2), nn.ReLU()))
-    Sequential(
-      (0): Linear(in_features=3, out_features=2, bias=True)
-      (1): ReLU()
-    )
-    """
-    layers: list[nn.Module] = []
-    for layer in network:
-        if not isinstance(layer, BatchNorm):
-            layers.append(copy.deepcopy(layer))
-        elif layers and _takes_batch_norm(layers[-1]):
-            with torch.no_grad():
-                statistics = layer._affine(layer.running_mean, layer.running_var)
-                weight, bias = _merge(layers[-1], *statistics)
-            layers[-1].weight, layers[-1].bias = nn.Parameter(weight), nn.Parameter(bias)
-        else:
-            raise ValueError(_not_foldable(type(layers[-1]).__name__ if layers else "nothing"))
-    folded = nn.Sequential(*layers)
-    folded.training = network.training
-    for layer in layers:
-        if _batch_norms(layer):
-            raise ValueError(_not_foldable(f"something inside {type(layer).__name__}"))
-    return folded
 
 
 class _MeanOverProcesses(torch.autograd.Function):
@@ -280,7 +216,8 @@ def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return whole, mean_over_processes(variance + (mean - whole).square())
 
 
-def _batch_norms(network: nn.Module) -> list[BatchNorm]:
+def batch_norms(network: nn.Module) -> list[BatchNorm]:
+    """The layers of this kind, wherever they are."""
     return [module for module in network.modules() if isinstance(module, BatchNorm)]
 
 
@@ -299,26 +236,3 @@ def _keeping(layers: Sequence[BatchNorm]) -> Iterator[None]:
 def _forget(layers: Sequence[BatchNorm]) -> None:
     for layer in layers:
         layer._kept = None
-
-
-def _takes_batch_norm(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
-    return isinstance(layer, nn.Conv2d | nn.Linear)
-
-
-def _merge(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of ``scale * layer(x) + shift`` as a layer like it."""
-    if layer.bias is not None:
-        shift = shift + scale * layer.bias
-    return layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1)), shift
-
-
-def _with_tensors(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
-    """A layer like it with tensors, which may have a graph, in place of parameters."""
-    like = copy.copy(layer)
-    like._parameters = {}
-    like.weight, like.bias = weight, bias
-    return like
-
-
-def _not_foldable(before: str) -> str:
-    return f"network: expected each BatchNorm to follow a Conv2d or Linear layer, found {before}"

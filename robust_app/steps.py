@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robust_app import attacks
-from robust_app.batch_norm import clean_statistics, merged
+from robust_app.batch_norm import clean_statistics
 from robust_app.bounds import propagate
+from robust_app.folding import merged
 from robust_app.fosc import Stationarity
 from robust_app.interval import Interval
 from robust_app.losses import certified_loss

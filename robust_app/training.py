@@ -19,6 +19,7 @@ from robust_app.distributed import World
 from robust_app.errors import UserError
 from robust_app.evaluation import CHUNK, standard_and_certified
 from robust_app.execution import Eager, Report, Values
+from robust_app.folding import fold
 from robust_app.fosc import Stationarity
 from robust_app.layerwise import split
 from robust_app.losses import Objective
@@ -87,7 +88,7 @@ class Trainer:
         BatchNorm is folded away before the first layer-wise stage.
         """
         if stage > 0:
-            self.network = batch_norm.fold(self.network)
+            self.network = fold(self.network)
         self.stage = stage
         before, trained = split(self.network, stage)
         self.frozen = before.requires_grad_(False).eval()
@@ -151,7 +152,7 @@ class Trainer:
 
     def certifiable(self) -> nn.Module:
         """The network as it is evaluated and saved: in evaluation mode, BatchNorm folded away."""
-        return batch_norm.fold(self.network).eval()
+        return fold(self.network).eval()
 
     def train_epoch(self, watcher: Watcher) -> dict[str, Any]:
         """Train one epoch and measure the held-out images.

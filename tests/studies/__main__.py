@@ -1,7 +1,7 @@
 """What the weights of two losses do to a certified network: fronts and ablations.
 
-    python -m tests.studies start --data-root DIR --runs RUNS
-    python -m tests.studies fronts --data-root DIR --runs RUNS
+    python -m tests.studies ablations --data-root DIR --runs RUNS
+    python -m tests.studies fronts --data-root DIR --runs RUNS  # from the network of RUNS/start
 
 A run lies in a directory of its own under RUNS. What is done is not done again, what is half done
 is resumed, and what another process holds is left to it: several processes may share the work. The
@@ -18,10 +18,9 @@ from rich.console import Console
 
 from robust_app import data, environment, recipes
 from robust_app.config import override, with_epochs
-from robust_app.errors import UserError
 from robust_app.freed_memory import keep_freed_memory
 from tests.studies import report
-from tests.studies.running import Setup, carry_out
+from tests.studies.running import Setup, carry_out, row
 from tests.studies.studies import STUDIES, Study
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -38,8 +37,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of each run")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    keep_freed_memory()  # as the command line does
     study = STUDIES[given.study]
+    unknown = set(given.only or ()) - {variation.name for variation in study.variations}
+    if unknown:
+        parser.error(f"--only: no variation of {study.name} is named {', '.join(sorted(unknown))}")
+    keep_freed_memory()  # as the command line does
     config = with_epochs(recipes.load(study.recipe), study.epochs)
     config = override(config, [*study.settings, *given.set])
     setup = Setup(
@@ -63,19 +65,20 @@ def work(
     output: Path,
     facts: dict[str, object],
 ) -> None:
-    """All runs of a study, seed by seed."""
-    rows, console = [], Console()
+    """What is asked for, seed by seed; after each run the figures of all that is done."""
+    console, asked = Console(), [v for v in study.variations if not only or v.name in only]
     for seed in seeds:
-        for variation in study.variations:
-            if only and variation.name not in only:
-                continue
-            try:
-                rows.append(carry_out(setup, variation, seed, console))
-            except UserError as error:
-                console.print(f"left out: {error}", markup=False)
-                continue
-            report.save(study.name, facts, rows, output)
-    console.print(report.table(rows), markup=False)
+        for variation in asked:
+            carry_out(setup, variation, seed, console)
+            found = [
+                row(setup, variation, seed)
+                for seed in sorted({*study.seeds, *seeds})
+                for variation in study.variations
+            ]
+            rows = [each for each in found if each is not None]
+            if rows:
+                report.save(study.name, facts, rows, output)
+    console.print((output / f"{study.name}-table.md").read_text(encoding="utf-8"), markup=False)
 
 
 if __name__ == "__main__":

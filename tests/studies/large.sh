@@ -11,7 +11,7 @@ if [[ $# -lt 3 || ! $3 =~ ^[0-9]+$ ]]; then
     sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-data=$1 runs=$2 end=$(($(date +%s) + 60 * $3))
+data=$1 runs=$2 end=$(($(date +%s) + 60 * 10#$3))
 shift 3
 python=${PYTHON:-python3}
 

@@ -94,7 +94,7 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
                     points = [(errors(row)[x], errors(row)[y]) for row in seeds]
                     axes.plot(*zip(*points, strict=True), ".", color=f"C{number}", alpha=0.4)
                     means.append([statistics.mean(axis) for axis in zip(*points, strict=True)])
-                line = "o-" if len(means) > 1 else "D"
+                line = "o-" if len(means) > 1 else "Ds^v"[number // 10]  # there are ten colours
                 label = family if axes is panels[0] else None
                 axes.plot(*zip(*means, strict=True), line, color=f"C{number}", label=label)
             axes.set_xlabel(f"{x} error, %")

@@ -1,6 +1,7 @@
 """A variation trained in a directory of its own, resumed where it stopped, and measured."""
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,27 @@ from robust_app import runner, session
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
+from robust_app.errors import UserError
 from robust_app.evaluation import evaluate
+from robust_app.reproduction.reproduce import check_config
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 from tests.studies.variations import Variation
 
 ALONE = World(0, 1, torch.device("cpu"))
+
+
+class VariedTrainer(Trainer):
+    """Weighs as a variation says, also after a run was resumed; lots are drawn anew then."""
+
+    def __init__(self, variation: Variation, config: Config, dataset: Dataset) -> None:
+        self.variation = variation
+        super().__init__(config, dataset, ALONE)
+
+    def begin_stage(self, stage: int) -> None:
+        """See :meth:`Trainer.begin_stage`; called whenever the optimizer is made."""
+        super().begin_stage(stage)
+        self.variation.apply_to(self.optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,32 +56,53 @@ class Setup:
     start: Path | None = None
 
 
-def carry_out(setup: Setup, variation: Variation, seed: int, console: Console) -> dict[str, Any]:
-    """Train and measure what is not yet, and tell the row of a variation and seed."""
-    directory = RunDirectory(setup.folder / f"{slug(variation.name)}-seed{seed}")
-    config = dataclasses.replace(setup.config, seed=seed, **variation.changes)
-    with directory.locked():
+def carry_out(setup: Setup, variation: Variation, seed: int, console: Console) -> None:
+    """Train and measure what is not yet; leave alone what another process holds.
+
+    Raises:
+        UserError: the directory holds another run, or the run failed.
+    """
+    directory, config = _place(setup, variation, seed)
+    with ExitStack() as held:
+        try:
+            held.enter_context(directory.locked())
+        except UserError as error:
+            console.print(f"left out, {error}", markup=False, soft_wrap=True)
+            return
+        check_config(directory, config)
         if not directory.results():
             train(setup, variation, config, directory, console)
             directory.add_results(measure(setup, config, directory))
-        metrics = directory.metrics()
-        told = ("adversarial_weight", "certified_weight", "conflicts", "certified_first")
-        return {
-            "name": variation.name,
-            "family": variation.family,
-            "seed": seed,
-            "errors": directory.results(),
-            "last_epoch": {name: metrics[-1][name] for name in told if name in metrics[-1]},
-            "seconds": sum(epoch["seconds"] for epoch in metrics),
-        }
+
+
+def row(setup: Setup, variation: Variation, seed: int) -> dict[str, Any] | None:
+    """What a run has found; None if it is not done."""
+    directory, _ = _place(setup, variation, seed)
+    found, metrics = directory.results(), directory.metrics()
+    if not found:
+        return None
+    told = ("adversarial_weight", "certified_weight", "conflicts", "certified_first")
+    return {
+        "name": variation.name,
+        "family": variation.family,
+        "seed": seed,
+        "errors": found,
+        "last_epoch": {name: metrics[-1][name] for name in told if name in metrics[-1]},
+        "seconds": sum(epoch["seconds"] for epoch in metrics),
+        "commits": [made["commit"] for made in directory.environments()],
+    }
+
+
+def _place(setup: Setup, variation: Variation, seed: int) -> tuple[RunDirectory, Config]:
+    directory = RunDirectory(setup.folder / f"{slug(variation.name)}-seed{seed}")
+    return directory, dataclasses.replace(setup.config, seed=seed, **variation.changes)
 
 
 def train(
     setup: Setup, variation: Variation, config: Config, directory: RunDirectory, console: Console
 ) -> None:
     """Begin or resume a run and bring it to its end."""
-    trainer = Trainer(config, setup.dataset, ALONE)
-    variation.apply_to(trainer.optimizer)
+    trainer = VariedTrainer(variation, config, setup.dataset)
     if setup.start is not None:  # a checkpoint, if there is one, is loaded over it
         network, _ = session.load_network(RunDirectory(setup.start), setup.dataset, "last")
         trainer.network.load_state_dict(network.state_dict())

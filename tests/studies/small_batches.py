@@ -33,9 +33,11 @@ class Way:
 WAYS = {
     "weighted sum": Way(UnbiasedMultiGradient, Constant((0.5, 0.5))),
     "past gradients": Way(UnbiasedMultiGradient, BisectorProjection()),
-    "past gradients, ‖m‖ for v": Way(UnbiasedMultiGradient, BisectorProjection(norms="moments")),
+    "past gradients, ‖m‖ for v": Way(
+        UnbiasedMultiGradient, BisectorProjection(length="norm_of_mean")
+    ),
     "the same, β₁ = 0.99": Way(
-        UnbiasedMultiGradient, BisectorProjection(norms="moments"), (0.99, 0.99)
+        UnbiasedMultiGradient, BisectorProjection(length="norm_of_mean"), (0.99, 0.99)
     ),
     "this batch's gradients": Way(OwnBatch, BisectorProjection()),
 }
@@ -87,7 +89,7 @@ def end(problem: Problem, way: Way, batch: int, seed: int, steps: int = STEPS) -
 def main(batches: tuple[int, ...] = BATCHES, seeds: int = 8, steps: int = STEPS) -> None:
     """Print the table of all ways and batch sizes."""
     problem = Problem()
-    print("| weights from | exact: nearer to the first | " + " | ".join(map(str, batches)) + " |")
+    print("| weights from | exact, to the first minimum | " + " | ".join(map(str, batches)) + " |")
     print("|---" + "|---:" * (1 + len(batches)) + "|")
     for name, way in WAYS.items():
         exact = end(problem, way, EXAMPLES, 0, steps)

@@ -86,7 +86,7 @@ def changed_rules(preference: tuple[float, float]) -> list[Variation]:
     """The paper's rule with one thing changed each, at one preference."""
     at = f"mogd {ratio(*preference)}"
     changes = {"method": "advibp", "preference": preference}
-    exact = BisectorProjection(preference=preference, norms="moments")
+    exact = BisectorProjection(preference=preference, length="norm_of_mean")
     return [
         Variation(f"{at}, this batch's gradients", "this batch", changes, own_batch=True),
         Variation(f"{at}, ‖m‖ for v", "‖m‖ for v", changes, rule=exact),
@@ -120,7 +120,7 @@ def shared_priorities(*shares: float) -> list[Variation]:
 
 def ablations() -> list[Variation]:
     """Whole runs that differ in one thing from the first."""
-    moments = BisectorProjection(preference=(1.0, 10.0), norms="moments")
+    moments = BisectorProjection(preference=(1.0, 10.0), length="norm_of_mean")
     alone = {"method": "ibp", "natural_weight": (0.0, 0.0), "certified_epochs": 0.0}
     changed: dict[str, dict[str, Any]] = {
         "paper's bisector": {"preference": (1.0, 1.0)},
