@@ -183,7 +183,7 @@ class Config:
         needed = self.natural_epochs + self.adversarial_epochs + main
         if needed > self.epochs * (1 + 1e-9):
             raise UserError(
-                f"epochs: expected at least the {needed:g} of its phases and ramp, "
+                f"epochs: expected at least the {needed:g} of warm-up and main phases, "
                 f"found {self.epochs} (train --epochs shortens the whole schedule)"
             )
 

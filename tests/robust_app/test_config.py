@@ -368,6 +368,6 @@ def test_every_recipe_can_be_rescaled_and_again_to_the_same_length(epochs):
 @pytest.mark.parametrize("epochs", [3, 50, 99])
 def test_a_run_that_ends_before_epsilon_is_reached_is_refused(epochs):
     with pytest.raises(
-        UserError, match=r"^epochs: expected at least the 100 of its phases and ramp,"
+        UserError, match=r"^epochs: expected at least the 100 of warm-up and main phases,"
     ):
         override(recipes.load("mnist-dm-small"), [f"epochs={epochs}"])
