@@ -295,6 +295,20 @@ def test_the_short_schedule_is_that_of_shi_et_al(data, epochs, ramp, batch_size,
         assert now.box_regularizers == pytest.approx(0.5 * (1 - now.epsilon / config.epsilon))
 
 
+def test_the_short_schedule_of_dm_small_ends_with_both_losses_after_the_learning_rate_has_fallen():
+    for method in ("advibp", "advcrown-ibp", "weighted-sum"):
+        config = recipes.load(f"mnist-dm-small-{method}-short")
+        assert setting(config, 45.2).phase is Phase.CERTIFIED
+        joint = setting(config, 45.4)
+        assert joint.phase is Phase.MAIN
+        assert joint.learning_rate == pytest.approx(0.2 * config.learning_rate)
+        assert joint.epsilon == config.epsilon
+        assert 0.2 < joint.fosc_threshold < 0.4
+        assert setting(config, 59.3).fosc_threshold == pytest.approx(0, abs=1e-12)
+    assert recipes.load("mnist-dm-small-ibp-short").certified_epochs == 0
+    assert recipes.load("mnist-dm-large-short").epochs == 70  # tuned for one network alone
+
+
 def test_digits_leaves_whole_batches_to_train_on():
     config = recipes.load("digits")
     assert len(load("digits").x_train) - config.held_out >= config.batch_size
