@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         None if study.start is None else given.runs / study.start,
     )
     facts = environment.describe(torch.device("cpu"), 1, config.seed, None)
-    facts["command"] = " ".join(["python -m tests.studies", *arguments])
+    facts["command"] = f"python -m tests.studies {study.name} --data-root DIR --runs RUNS"
     work(study, setup, given.seeds or study.seeds, given.only, given.output, facts)
 
 

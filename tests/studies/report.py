@@ -97,8 +97,8 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
                 line = "o-" if len(means) > 1 else "Ds^v"[number // 10]  # there are ten colours
                 label = family if axes is panels[0] else None
                 axes.plot(*zip(*means, strict=True), line, color=f"C{number}", label=label)
-            axes.set_xlabel(f"{x} error, %")
-            axes.set_ylabel(f"{y}, %")
+            axes.set_xlabel(f"{x}, error in %")
+            axes.set_ylabel(f"{y}, error in %")
             axes.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
