@@ -305,6 +305,7 @@ def test_the_short_schedule_of_dm_small_ends_with_both_losses_after_the_learning
         assert joint.epsilon == config.epsilon
         assert 0.2 < joint.fosc_threshold < 0.4
         assert setting(config, 59.3).fosc_threshold == pytest.approx(0, abs=1e-12)
+        assert config.preference == ((1, 1) if method == "weighted-sum" else (1, 10))
     assert recipes.load("mnist-dm-small-ibp-short").certified_epochs == 0
     assert recipes.load("mnist-dm-large-short").epochs == 70  # tuned for one network alone
 
