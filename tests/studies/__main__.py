@@ -66,6 +66,7 @@ def work(
     facts: dict[str, object],
 ) -> None:
     """What is asked for, seed by seed; after each run the figures of all that is done."""
+    rows: list[report.Row] = []
     console, asked = Console(), [v for v in study.variations if not only or v.name in only]
     for seed in seeds:
         for variation in asked:
@@ -78,7 +79,8 @@ def work(
             rows = [each for each in found if each is not None]
             if rows:
                 report.save(study.name, facts, rows, output)
-    console.print((output / f"{study.name}-table.md").read_text(encoding="utf-8"), markup=False)
+    if rows:
+        console.print(report.table(rows), markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

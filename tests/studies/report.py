@@ -12,12 +12,10 @@ Row = dict[str, Any]
 
 
 def save(name: str, facts: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> None:
-    """Write ``NAME.json``, ``NAME-table.md`` and ``NAME.svg``."""
+    """Write ``NAME.json`` and ``NAME.svg``."""
     with replacing(folder / f"{name}.json") as partial:
         text = json.dumps({"facts": facts, "rows": rows}, indent=1, ensure_ascii=False)
         partial.write_text(text + "\n", encoding="utf-8")
-    with replacing(folder / f"{name}-table.md") as partial:
-        partial.write_text(table(rows), encoding="utf-8")
     draw(name, rows, folder)
 
 
