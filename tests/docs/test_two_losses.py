@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "figures" / "two_losses.py"
+SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "two_losses.py"
 
 
 @pytest.fixture(scope="module")

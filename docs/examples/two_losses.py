@@ -1,7 +1,7 @@
 """Two noisy quadratic losses of two parameters: the paths of four ways to weigh their gradients.
 
-python docs/figures/two_losses.py          # figures/two-losses.svg, of seed 0
-python docs/figures/two_losses.py --table  # prints the means over 200 seeds
+python docs/examples/two_losses.py          # draws docs/figures/two-losses.svg, of seed 0
+python docs/examples/two_losses.py --table  # prints the means over 200 seeds
 """
 
 import argparse
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mogd import BisectorProjection, UnbiasedMultiGradient
+
+FIGURES = Path(__file__).parents[1] / "figures"
 
 # L_k(θ) = ½ (θ - c_k)ᵀ H_k (θ - c_k); a batch's gradient is the true one plus N(0, σ² I).
 CENTRES = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
@@ -172,7 +174,7 @@ def main() -> None:
     if arguments.table:
         print(table(arguments.seeds))
     else:
-        draw(Path(__file__).with_name("two-losses.svg"), seed=0)
+        draw(FIGURES / "two-losses.svg", seed=0)
 
 
 if __name__ == "__main__":
