@@ -128,7 +128,7 @@ def draw(file: Path, fitted: Mapping[str, Sequence[nn.Module]]) -> None:
 
     # Neither dates nor random identifiers: the same numbers give the same file.
     pyplot.rcParams.update({"svg.hashsalt": "oscillator", "font.size": 9})
-    figure, panel = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
+    figure, panel = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
     t = torch.linspace(0.0, END, 101).unsqueeze(1)
     panel.plot(t, truth(t), color="black", linewidth=3, alpha=0.3, label="solution")
     for name, colour in DRAWN.items():
@@ -136,8 +136,8 @@ def draw(file: Path, fitted: Mapping[str, Sequence[nn.Module]]) -> None:
         panel.plot(t, curve, color=colour, linewidth=1.2, label=name)
     times, values, _ = observe(seed=0)
     panel.plot(times, values, "o", color="black", markersize=4, label="observations")
-    panel.set(xlabel="t", ylabel="x", ylim=(-1.2, 1.4))
-    panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+    panel.set(xlabel="t", ylabel="x", ylim=(-1.2, 1.6))
+    figure.legend(frameon=False, ncols=3, loc="outside lower center")
     figure.savefig(file, metadata={"Date": None})
 
 

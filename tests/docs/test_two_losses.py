@@ -61,3 +61,9 @@ def test_without_noise_every_way_comes_to_the_pareto_set(script):
     for name, run in script.METHODS.items():
         end = run(torch.zeros(150, 2, 2, dtype=torch.float64))[-1]
         assert torch.cdist(end[None], front).min() < 0.02, name
+
+
+def test_the_picture_is_drawn(script, tmp_path):
+    script.draw(tmp_path / "two-losses.svg", seed=0)
+    drawn = (tmp_path / "two-losses.svg").read_text(encoding="utf-8")
+    assert drawn.rstrip().endswith("</svg>")
