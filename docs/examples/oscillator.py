@@ -65,7 +65,8 @@ def residual(network: nn.Module, t: Tensor) -> Tensor:
     x = network(t)
     (velocity,) = torch.autograd.grad(x.sum(), t, create_graph=True)
     (acceleration,) = torch.autograd.grad(velocity.sum(), t, create_graph=True)
-    return acceleration / FREQUENCY**2 + 2 * DAMPING * velocity / FREQUENCY + x
+    left: Tensor = acceleration / FREQUENCY**2 + 2 * DAMPING * velocity / FREQUENCY + x
+    return left
 
 
 def observe(seed: int) -> tuple[Tensor, Tensor, torch.Generator]:

@@ -32,7 +32,7 @@ class MaxMin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The larger of each pair, then the smaller."""
-        pairs = x.unflatten(1, (-1, 2))
+        pairs = x.view(len(x), -1, 2)
         return torch.stack([pairs.amax(2), pairs.amin(2)], dim=2).flatten(1)
 
 
