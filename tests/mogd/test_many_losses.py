@@ -76,6 +76,13 @@ def test_with_mean_norms_twice_the_moments_the_projection_has_the_values_compute
     assert_close(weigh(m, 0, 2 * norms(m)).weights, doubles(1, 0.25, 0.25))
 
 
+def test_norm_moments_below_the_norms_of_the_moments_do_not_make_cosines_beyond_1():
+    # m₁ = (1, 1) is against unit vectors of cosine 0.6, whose v are ½: V⁻¹⟨m_C, m₁⟩ = (-2, -2.8),
+    # R⁻¹ of it (-0.5, -2.5). As for two losses, (‖m‖/v)² = 4 times what is orthogonal is removed.
+    m = doubles([1, 1], [-1, 0], [-0.6, -0.8])
+    assert_close(weigh(m, 0, doubles(1, 0.5, 0.5)).weights, doubles(1, 1, 5))
+
+
 def test_a_loss_that_agrees_with_the_favoured_one_takes_no_part_in_conflict():
     m = doubles([1, 0, 1], [-1, 0, 0], [0, 1, 1])
     assert_close(weigh(m, 0).weights, doubles(1, 1, 0))
