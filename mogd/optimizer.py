@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from mogd import parallel
+from mogd.bisector_projection import BisectorProjection
 from mogd.closure import needs_closure, reevaluation
 from mogd.gradients import LossGradients, combine
 from mogd.moments import Moments, norm
@@ -17,7 +18,7 @@ from mogd.nonfinite import Guard, largest_number
 from mogd.packs import Gradients
 from mogd.priority import Fixed, Priority, ask
 from mogd.record import Record
-from mogd.rules import BisectorProjection, GramianRule, Rule, Weighting, slopes
+from mogd.rules import GramianRule, Rule, Weighting, slopes
 from mogd.wrapper import Wrapper
 
 

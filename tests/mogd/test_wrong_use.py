@@ -34,8 +34,8 @@ def test_the_number_of_losses_may_not_change():
 def test_a_first_step_that_fails_does_not_fix_the_number_of_losses():
     p, optimizer = optimizer_after()
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="weighs 2 losses, got 3"):
-        optimizer.backward([linear(p, (1, k)) for k in range(3)])
+    with pytest.raises(ValueError, match="weighs 2 losses or more, got 1"):
+        optimizer.backward([linear(p, (1, 0))])
     assert_same_bits(snapshot(optimizer), before)
     assert optimizer.last is None
     assert weights_next(optimizer).tolist() == [0.5, 0.5]
