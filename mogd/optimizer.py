@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -120,6 +121,7 @@ class UnbiasedMultiGradient(Wrapper):
         """How many ``backward`` calls were dropped because something was not finite."""
         return int(self._guard.skipped)
 
+    @_disable_dynamo  # as torch.optim does: torch.compile would read .grad before its time
     def backward(
         self, losses: Iterable[Tensor], *, scaler: GradScaler | None = None
     ) -> Record | None:
@@ -186,6 +188,7 @@ class UnbiasedMultiGradient(Wrapper):
         finally:
             self._accumulating = before
 
+    @_disable_dynamo
     def step(  # type: ignore[override]
         self, closure: Callable[[], Iterable[Tensor]] | None = None
     ) -> Record | None:
