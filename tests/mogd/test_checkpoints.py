@@ -69,7 +69,13 @@ def wholes(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
 def sharded(rank: int, world: int) -> dict[str, Any]:
     run = Run(rank, world, nested).train(range(3))
     run.save("sharded")
+    torch.save([run.model.state_dict(), run.optimizer.state_dict()], f"own {rank}.pt")
+    own = Run(rank, world, nested)
+    of_model, of_optimizer = torch.load(f"own {rank}.pt", weights_only=True)
+    own.model.load_state_dict(of_model)
+    own.optimizer.load_state_dict(of_optimizer)
     return {
+        "own files": own.train(range(3, 6)).result(),
         "straight": run.train(range(3, 6)).result(),
         "resumed": Run(rank, world, nested).load("sharded").train(range(3, 6)).result(),
         "by columns": Run(rank, world, by_columns).load("sharded").train(range(3, 6)).result(),
@@ -110,10 +116,11 @@ def test_one_process_continues_to_the_same_bits(folder, straight):
     torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
 
 
-def test_two_processes_continue_to_the_same_bits(processes):
+@pytest.mark.parametrize("way", ["resumed", "own files"])
+def test_two_processes_continue_to_the_same_bits(processes, way):
     for found in processes:
         states = found["sharded"]
-        torch.testing.assert_close(states["resumed"], states["straight"], rtol=0, atol=0)
+        torch.testing.assert_close(states[way], states["straight"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("way", ["straight", "by columns", "of one"])

@@ -5,6 +5,7 @@ Each process runs all of ``CHECKS``; the tests then look at what it reported.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -137,6 +138,19 @@ def another_number(rank: int, world: int) -> list[str]:
     return outcomes
 
 
+def shorter_iterator(rank: int, world: int) -> str:
+    """The error where the last process runs out of losses, and the others wait for its shards."""
+    model = nested(Network())
+    optimizer = UnbiasedMultiGradient(model.parameters(), lr=0.05)
+    optimizer.step(lambda: objectives(model, batch(0, rank, world)))
+    number = 1 if rank == world - 1 else 2
+    try:
+        optimizer.step(lambda: islice(objectives(model, batch(1, rank, world)), number))
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def sums(rank: int, world: int) -> dict[str, Tensor]:
     """Norms of gradients placed in many ways, each of whose squares adds up to 14."""
     mesh = init_device_mesh("cpu", (world // 2, 2))
@@ -239,6 +253,13 @@ def test_another_number_of_losses_in_one_process_is_refused_in_all(processes):
     message = f"losses must be as many in each process, got {numbers} by rank"
     for found in processes:
         assert found["another number"] == [message, "done"] * 2
+
+
+def test_an_iterator_that_ends_before_the_others_names_what_is_wrong_and_nobody_waits(tmp_path):
+    """Once the number is known; its process leaves, and so its connections are closed."""
+    *others, last = reports({"found": shorter_iterator}, 2, tmp_path)
+    assert last["found"] == "ValueError: losses must be 2 as before, got 1"
+    assert all(other["found"].startswith("RuntimeError: ") for other in others)
 
 
 def test_each_entry_is_counted_once(processes):
