@@ -1,6 +1,6 @@
 """The gradient of each loss on its own, taken off the parameters' ``.grad``."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from mogd.packs import Gradients
+from mogd.shards import local, placed_as
 
 SHARED_GRAPH = """\
 losses[{index}] shares its graph with a loss before it, and the graph of an iterator's loss is \
@@ -92,6 +93,13 @@ def each(losses: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         del loss
 
 
+def known_number(losses: Iterable[Tensor]) -> int | None:
+    """How many losses there are, where that is known before they are made: not of an iterator."""
+    if isinstance(losses, Iterator) or (isinstance(losses, Tensor) and losses.dim() == 0):
+        return None
+    return len(losses) if isinstance(losses, Sized) else None
+
+
 def combine(loss_gradients: Sequence[Gradients], weights: Tensor) -> Gradients:
     """Σₖ wₖ gₖ by parameter, written over the gradients.
 
@@ -103,13 +111,15 @@ def combine(loss_gradients: Sequence[Gradients], weights: Tensor) -> Gradients:
     weights = weights.clamp(-limit, limit)
     combined: Gradients = {}
     for gradients, weight in zip(loss_gradients, weights, strict=True):
-        for alike in _alike(gradients.values()):
+        for alike in _alike(map(local, gradients.values())):
             # At least float32: rounded to float16, a weight may be infinite.
             dtype = torch.promote_types(alike[0].dtype.to_real(), torch.float32)
             torch._foreach_mul_(alike, weight.to(alike[0].device, dtype))
         again = [parameter for parameter in gradients if parameter in combined]
         if again:
-            torch._foreach_add_([combined[p] for p in again], [gradients[p] for p in again])
+            torch._foreach_add_(
+                [local(combined[p]) for p in again], [local(gradients[p]) for p in again]
+            )
         combined = gradients | combined
     return combined
 
@@ -137,7 +147,7 @@ def _take(parameters: Sequence[Tensor], index: int) -> Gradients:
         # A view belongs to another (a bucket of DistributedDataParallel): the next pass writes
         # over it. A lazy conjugate has no real and imaginary parts in memory to work on.
         owned = gradient.clone() if gradient._is_view() else gradient
-        taken[parameter] = owned.resolve_conj()
+        taken[parameter] = placed_as(parameter, owned.resolve_conj())
     if not taken:
         raise ValueError(f"losses[{index}] reaches none of the optimizer's parameters")
     return taken

@@ -1,7 +1,8 @@
 """Moving averages of the gradients of K losses and of their norms (paper, Algorithm 1, lines 4-11).
 
 Everything small (norms, Gramian, count) is float64: squares of gradients between 1e-30 and 1e30
-leave the range of float32.
+leave the range of float32. Of a parameter that processes share, each keeps the moments of its
+own part.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mogd.packs import Doubles, Gradients, block_size, blocks, groups, joined
+from mogd.shards import Sum, is_divided_as, local, stacked, stacked_shape
 
 
 class Moments:
@@ -66,18 +68,19 @@ class Moments:
         self._exp_avg_norms.lerp_(norms, 1.0 - self.decay[1])
         self.count += 1 if keep is None else keep
         self._include(parameter for of_loss in gradients for parameter in of_loss)
-        self._exp_avg_gramian.zero_()
+        gramian = Sum(self._exp_avg_gramian.shape, self._exp_avg_gramian.device)
         doubles = Doubles()
         for group, exp_avg in zip(self._groups, self._exp_avgs, strict=True):
             vectors = [_vector(of_loss, group) for of_loss in gradients]
-            size = block_size(exp_avg)
+            part, size = gramian.part(group[0]), block_size(exp_avg)
             for start in range(0, exp_avg.shape[1], size):
                 block = exp_avg[:, start : start + size]
                 for row, vector in zip(block, vectors, strict=True):
                     new = None if vector is None else vector[start : start + size].to(row)
                     _average(row, new, self.decay[0], scale, keep)
                 double = doubles(block)
-                self._exp_avg_gramian += (double @ double.T).to(self._exp_avg_gramian.device)
+                part += (double @ double.T).to(part.device)
+        self._exp_avg_gramian.copy_(gramian.total())
 
     def _include(self, parameters: Iterable[Tensor]) -> None:
         """Give parameters that are new a past of zeros."""
@@ -93,7 +96,7 @@ class Moments:
                 exp_avg.copy_(past[parameter])
 
     def _by_parameter(self) -> dict[Tensor, Tensor]:
-        """m̂ of each parameter, ``(K, entries)``, views in order of first appearance."""
+        """m̂ of each parameter's part here, ``(K, entries)``, views in order of first appearance."""
         views: dict[Tensor, Tensor] = {}
         for group, exp_avg in zip(self._groups, self._exp_avgs, strict=True):
             parts = torch.split(exp_avg, [_entries(parameter) for parameter in group], dim=1)
@@ -101,16 +104,23 @@ class Moments:
         return {parameter: views[parameter] for parameter in self._parameters}
 
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
-        """The state as tensors and plain containers, parameters by their position."""
+        """The state as tensors and plain containers, parameters by their position.
+
+        Moments have the shape ``(K, *shape)`` and are sharded as their parameter is.
+        """
         positions = {parameter: position for position, parameter in enumerate(parameters)}
+        exp_avgs = {
+            positions[parameter]: stacked(exp_avg, parameter)
+            for parameter, exp_avg in self._by_parameter().items()
+        }
         return {
             "count": self.count,
             "norms": self._exp_avg_norms,
             "gramian": self._exp_avg_gramian,
-            # In the order of first appearance: the Gramian's bits depend on it.
-            "exp_avg": {
-                positions[parameter]: exp_avg for parameter, exp_avg in self._by_parameter().items()
-            },
+            "exp_avg": exp_avgs,
+            # Of first appearance: the Gramian's bits depend on it, and who loads into tensors that
+            # exist already, as torch.distributed.checkpoint, keeps the order of these.
+            "order": list(exp_avgs),
         }
 
     @classmethod
@@ -142,23 +152,38 @@ class Moments:
                     f"{tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}"
                 )
             tensor.copy_(state_dict[name])
+        exp_avgs = state_dict["exp_avg"]
+        order = state_dict.get("order", list(exp_avgs))  # older states have none
+        if set(order) != exp_avgs.keys():
+            raise ValueError(
+                f"state_dict['moments'] has 'exp_avg' of parameters {sorted(exp_avgs)}, expected "
+                f"{sorted(order)}: it was loaded into the state of an optimizer of other losses"
+            )
         saved: dict[Tensor, Tensor] = {}
-        for position, exp_avg in state_dict["exp_avg"].items():
+        for position in order:
+            exp_avg = exp_avgs[position]
             if position >= len(parameters):
                 raise ValueError(
                     f"state_dict['moments'] has parameter {position}, "
                     f"but the optimizer has only {len(parameters)}"
                 )
-            expected = moments.losses, _entries(parameters[position])
-            if exp_avg.shape != expected:
+            parameter = parameters[position]
+            expected = stacked_shape(parameter, moments.losses)
+            flat = moments.losses, _entries(parameter)  # as mogd saved them once
+            if exp_avg.shape not in (expected, flat):
                 raise ValueError(
                     f"state_dict['moments'] of parameter {position} has shape "
                     f"{tuple(exp_avg.shape)}, expected {expected}"
                 )
-            saved[parameters[position]] = exp_avg
+            if not is_divided_as(exp_avg, parameter):
+                raise ValueError(
+                    f"state_dict['moments'] of parameter {position} is not sharded over processes "
+                    "as the parameter is: let torch.distributed.checkpoint load it"
+                )
+            saved[parameter] = exp_avg
         moments._include(saved)
         for parameter, exp_avg in moments._by_parameter().items():
-            exp_avg.copy_(saved[parameter])
+            exp_avg.copy_(local(saved[parameter]).reshape(exp_avg.shape))
         return moments
 
 
@@ -173,12 +198,14 @@ def bias_corrected(average: Tensor, decay: float, count: Tensor, power: int = 1)
 
 def norm(gradients: Gradients, device: torch.device) -> Tensor:
     """‖g‖₂ over all parameters, accumulated in float64: 0-dim, not finite if any entry is not."""
-    square = torch.zeros((), dtype=torch.float64, device=device)
+    square = Sum((), device)
     doubles = Doubles()
-    for block in blocks(gradients.values()):
-        double = doubles(block)
-        square += (double @ double).to(device)
-    return square.sqrt()
+    for group in groups(gradients.values()):
+        part = square.part(group[0])
+        for block in blocks(group):
+            double = doubles(block)
+            part += (double @ double).to(device)
+    return square.total().sqrt()
 
 
 def _average(
@@ -199,7 +226,7 @@ def _vector(gradients: Gradients, group: Sequence[Tensor]) -> Tensor | None:
         return None
     return joined(
         [
-            gradients[parameter] if parameter in gradients else torch.zeros_like(parameter)
+            gradients[parameter] if parameter in gradients else torch.zeros_like(local(parameter))
             for parameter in group
         ]
     )
@@ -212,5 +239,5 @@ def _zeros(group: Sequence[Tensor], losses: int) -> Tensor:
 
 
 def _entries(parameter: Tensor) -> int:
-    """How many real numbers a parameter holds."""
-    return parameter.numel() * (2 if parameter.is_complex() else 1)
+    """How many real numbers of a parameter are here."""
+    return local(parameter).numel() * (2 if parameter.is_complex() else 1)

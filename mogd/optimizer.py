@@ -6,19 +6,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from mogd import parallel
 from mogd.bisector_projection import BisectorProjection
 from mogd.closure import needs_closure, reevaluation
-from mogd.gradients import LossGradients, combine
+from mogd.gradients import LossGradients, combine, known_number
 from mogd.moments import Moments, norm
 from mogd.nonfinite import Guard, largest_number
 from mogd.packs import Gradients
 from mogd.priority import Fixed, Priority, ask
 from mogd.record import Record
 from mogd.rules import GramianRule, Rule, Weighting, slopes
+from mogd.shards import local
 from mogd.wrapper import Wrapper
 
 
@@ -120,6 +122,7 @@ class UnbiasedMultiGradient(Wrapper):
         """How many ``backward`` calls were dropped because something was not finite."""
         return int(self._guard.skipped)
 
+    @_disable_dynamo  # as torch.optim does: torch.compile would read .grad before its time
     def backward(
         self, losses: Iterable[Tensor], *, scaler: GradScaler | None = None
     ) -> Record | None:
@@ -141,7 +144,8 @@ class UnbiasedMultiGradient(Wrapper):
 
         Raises:
             TypeError, ValueError: if ``losses`` are not K scalars with graphs that reach the
-                parameters, K as before; if the priority names no loss or the rule no K weights.
+                parameters, K as before and in each process; if the priority names no loss or the
+                rule no K weights.
             FloatingPointError: if a loss, its gradient or the weighted sum is not finite and
                 ``nonfinite`` is ``"raise"``; nothing has changed then.
             RuntimeError: if processes that train one model hold different gradients or weights.
@@ -149,12 +153,18 @@ class UnbiasedMultiGradient(Wrapper):
         if scaler is not None and not scaler.is_enabled():
             scaler = None
         collected, self._pending = self._pending or LossGradients(), None
+        shared = self.distributed and not self._accumulating
         try:
+            number = known_number(losses)
+            if shared and number is not None:
+                parallel.agree_on_number(number)  # else backward passes would wait for each other
             collected.add(losses, self._parameters(), scaler)
             if self._moments is not None and self._moments.losses != len(collected.losses):
                 raise ValueError(
                     f"losses must be {self._moments.losses} as before, got {len(collected.losses)}"
                 )
+            if shared and number is None:
+                parallel.agree_on_number(len(collected.losses))
         except BaseException:
             self.zero_grad()
             raise
@@ -179,6 +189,7 @@ class UnbiasedMultiGradient(Wrapper):
         finally:
             self._accumulating = before
 
+    @_disable_dynamo
     def step(  # type: ignore[override]
         self, closure: Callable[[], Iterable[Tensor]] | None = None
     ) -> Record | None:
@@ -285,7 +296,9 @@ class UnbiasedMultiGradient(Wrapper):
             # Not where there is a scaler, which looks for what overflowed:
             drop = None if mask is None or scaler is not None else ~mask
             for parameter, gradient in combine(collected.gradients, total).items():
-                parameter.grad = gradient if drop is None else gradient.masked_fill_(drop, 0.0)
+                if drop is not None:
+                    local(gradient).masked_fill_(drop, 0.0)
+                parameter.grad = gradient
         if scaler is None:
             self._keep = keep
         return self.last

@@ -1,6 +1,7 @@
 """Tensors worked on as few long vectors: an operation on a small tensor costs as much as its call.
 
-Large tensors are worked on in blocks, which bounds the memory of their copies in float64.
+Large tensors are worked on in blocks, which bounds the memory of their copies in float64. Of a
+tensor that several processes share, this is about the entries that are here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
+
+from mogd.shards import Holders, holders, local
 
 Gradients = dict[Tensor, Tensor]
 """The gradient of one loss by parameter; a parameter that is absent has a zero gradient."""
@@ -23,11 +26,15 @@ def block_size(tensor: Tensor) -> int:
 
 
 def groups(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors to join to one vector: small ones of a dtype and device up to a block, else alone."""
+    """Tensors to join to one vector: small ones of a kind up to a block, large ones alone.
+
+    Of a kind are those of one dtype and device that the same processes hold.
+    """
     made: list[list[Tensor]] = []
-    unfilled: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], int]] = {}
+    unfilled: dict[tuple[torch.device, torch.dtype, Holders], tuple[list[Tensor], int]] = {}
     for tensor in tensors:
-        key, size, largest = (tensor.device, tensor.dtype), tensor.numel(), block_size(tensor)
+        key = (tensor.device, tensor.dtype, holders(tensor))
+        size, largest = local(tensor).numel(), block_size(tensor)
         group, filled = unfilled.get(key, ([], 0))
         if filled + size > largest:
             group, filled = [], 0
@@ -39,15 +46,14 @@ def groups(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return made
 
 
-def blocks(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """All entries as real vectors of at most a block; large contiguous tensors are not copied."""
-    for group in groups(tensors):
-        yield from torch.split(joined(group), block_size(group[0]))
+def blocks(group: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The entries of a group as real vectors of at most a block; what is large is not copied."""
+    yield from torch.split(joined(group), block_size(group[0]))
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """The entries of all tensors as one real vector; of a single contiguous one, a view."""
-    reals = [_real(tensor) for tensor in tensors]
+    reals = [_real(local(tensor)) for tensor in tensors]
     vector: Tensor = _flatten_dense_tensors(reals)  # type: ignore[no-untyped-call]
     return vector
 

@@ -42,6 +42,24 @@ def average(value: Tensor) -> Tensor:
     return total / world_size()
 
 
+def agree_on_number(losses: int) -> None:
+    """Check that all processes have as many losses.
+
+    They tell each other by tensors on the CPU, for which no GPU is waited for; where their group
+    has no backend for these (NCCL alone), nothing is checked.
+
+    Raises:
+        ValueError: in each process, if they have not.
+    """
+    if world_size() == 1 or "cpu:" not in torch.distributed.get_backend_config():
+        return
+    numbers = [torch.empty((), dtype=torch.int64) for _ in range(world_size())]
+    torch.distributed.all_gather(numbers, torch.tensor(losses))
+    found = [int(number) for number in numbers]
+    if len(set(found)) > 1:
+        raise ValueError(f"losses must be as many in each process, got {found} by rank")
+
+
 def agree(losses: Tensor, norms: Tensor, last_weights: Tensor, look: bool) -> Tensor:
     """The losses averaged over processes, after checking that these train one model.
 

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,14 +51,35 @@ def parameters(monkeypatch):
     """Fake parameters on a fake GPU."""
     with FakeTensorMode():
         parameters = [nn.Parameter(torch.empty(3, 2, device="cuda")) for _ in range(2)]
-
-        def gradients(loss, retain_graph=None) -> None:
-            for parameter in parameters:
-                new = torch.empty_like(parameter) * loss.detach()
-                parameter.grad = new if parameter.grad is None else parameter.grad + new
-
-        monkeypatch.setattr(torch.autograd, "backward", gradients)
+        leave_gradients(monkeypatch, parameters)
         yield parameters
+
+
+@pytest.fixture
+def shards(monkeypatch):
+    """Fake parameters sharded over two fake GPUs, in a group that communicates with nobody."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    mesh = DeviceMesh("cuda", [0, 1])
+    with FakeTensorMode():
+        parts = [torch.empty(3, 2, device="cuda") for _ in range(2)]
+        shards = [
+            nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)], run_check=False))
+            for part in parts
+        ]
+        leave_gradients(monkeypatch, shards)
+        yield shards
+    torch.distributed.destroy_process_group()
+
+
+def leave_gradients(monkeypatch, parameters) -> None:
+    """What stands in for ``torch.autograd.backward``."""
+
+    def gradients(loss, retain_graph=None) -> None:
+        for parameter in parameters:
+            new = torch.empty_like(parameter).detach() * loss.detach()
+            parameter.grad = new if parameter.grad is None else parameter.grad + new
+
+    monkeypatch.setattr(torch.autograd, "backward", gradients)
 
 
 def losses(parameters):
@@ -93,6 +117,23 @@ def test_backward_and_step_do_not_wait(parameters, rule, priority):
             optimizer.step(lambda: losses(parameters))
     assert waits.found == []
     assert {tensor.device.type for tensor in vars(optimizer.last).values()} == {"cuda"}
+
+
+def test_sharded_parameters_do_not_wait(shards):
+    optimizer = optimizer_of(shards)
+
+    def losses():
+        for _ in range(2):
+            yield torch.empty((), device="cuda", requires_grad=True) * 1
+
+    with Waits() as waits:
+        for _ in range(3):
+            optimizer.zero_grad()
+            optimizer.backward(losses())
+            nn.utils.clip_grad_norm_(shards, 1.0)
+            optimizer.step()
+    assert waits.found == []
+    assert optimizer.last.weights.is_cuda
 
 
 def test_backward_with_a_scaler_does_not_wait(parameters):

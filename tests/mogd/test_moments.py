@@ -33,7 +33,7 @@ def averages(moments):
         "count": state["count"].clone(),
         "norms": state["norms"].clone(),
         "gramian": state["gramian"].clone(),
-        **{f"exp_avg {i}": average.clone() for i, average in state["exp_avg"].items()},
+        **{f"exp_avg {i}": average.flatten(1).clone() for i, average in state["exp_avg"].items()},
     }
 
 

@@ -69,7 +69,7 @@ def test_later_tensors_only_extend_groups_or_start_new_ones(earlier, later):
 
 def test_blocks_hold_all_entries_and_are_views_of_what_is_large(small_blocks):
     large, *small = tensors([20, 3, 2])
-    *parts, both = blocks([large, *small])
+    parts, [both] = list(blocks([large])), blocks(small)
     assert [len(part) for part in parts] == [8, 8, 4]
     assert torch.equal(torch.cat(parts), large)
     assert parts[0].data_ptr() == large.data_ptr()

@@ -1,28 +1,26 @@
 """Several processes and one model: DistributedDataParallel over gloo.
 
-Starting a process costs seconds, so each starts once and runs all of ``CHECKS``; the tests then
-look at what it reported.
+Each process runs all of ``CHECKS``; the tests then look at what it reported.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
+from processes import reports
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mogd import Threshold, UnbiasedMultiGradient, parallel
 
 STEPS = 8
-BATCH = 12  # in all processes together
+BATCH = 24  # in all processes together
 
 Objectives = Callable[[nn.Module, Tensor], Iterator[Tensor]]
 
@@ -63,18 +61,20 @@ def train(
     rank: int,
     world: int,
     *,
+    make: Callable[[], nn.Module] = Network,
     wrap: Callable[..., nn.Module] = lambda model: model,
+    groups: Callable[[nn.Module], Any] = nn.Module.parameters,
     losses: Objectives = objectives,
     micro_batches: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
     """Train one model; the priority measures something that differs between processes."""
-    network = Network()
+    network = make()
     model = wrap(network)
     seen = torch.zeros(())
     oracle = Threshold(lambda _: parallel.average(seen), limit=0.0)
     optimizer = UnbiasedMultiGradient(
-        model.parameters(), moment_decay=(0.5, 0.8), priority=oracle, **{"lr": 0.05} | options
+        groups(model), moment_decay=(0.5, 0.8), priority=oracle, **{"lr": 0.05} | options
     )
     records = []
     for step in range(STEPS):
@@ -93,12 +93,19 @@ def train(
         assert record is not None
         records.append(record)
     return {
-        "parameters": [parameter.detach() for parameter in network.parameters()],
+        "parameters": [whole(parameter) for parameter in network.parameters()],
         "losses": [record.losses for record in records],
         "weights": [record.weights for record in records],
         "prioritized": [record.prioritized for record in records],
         "regularization": [record.regularization for record in records],
+        "conflict": [record.conflict for record in records],
     }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as one process would hold it."""
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached.clone()
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -242,11 +249,39 @@ def overflow(rank: int, world: int) -> dict[str, Any]:
     }
 
 
+def another_number(rank: int, world: int, *, sequence: bool, steps: int) -> dict[str, Any]:
+    """The error where the last process has a loss more, and what it costs: nothing."""
+    point = nn.Parameter(torch.ones(2))
+    optimizer = UnbiasedMultiGradient([point], lr=0.05)
+    kind = list if sequence else iter
+    backwards = []
+
+    def losses(number: int) -> Any:
+        return kind([(point**power).sum() for power in range(1, number + 1)])
+
+    for _ in range(steps):
+        optimizer.step(lambda: losses(2))
+    before = point.detach().clone()
+    point.register_hook(lambda gradient: backwards.append(1))
+    try:
+        optimizer.step(lambda: losses(2 + (rank == world - 1)))
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = "no error"
+    unchanged = torch.equal(point, before) and point.grad is None
+    found = {"message": message, "unchanged": unchanged, "passes": len(backwards)}
+    optimizer.step(lambda: losses(2))  # all go on together
+    return found
+
+
 def average(rank: int, world: int) -> tuple[int, Tensor, bool]:
     value = torch.tensor([0.1, 3.0]) * (rank + 1)
     given = value.clone()
     return parallel.world_size(), parallel.average(value), torch.equal(value, given)
 
+
+NUMBERS = [("list", True, 0), ("list", True, 2), ("iterator", False, 0)]
 
 CHECKS: dict[str, Callable[[int, int], Any]] = {
     **{f"train {way}": partial(train, **options) for way, options in WAYS.items()},
@@ -258,34 +293,17 @@ CHECKS: dict[str, Callable[[int, int], Any]] = {
     "unwrapped": unwrapped,
     "overflow": overflow,
     "average": average,
+    **{
+        f"another number, {name}, {steps}": partial(another_number, sequence=sequence, steps=steps)
+        for name, sequence, steps in NUMBERS
+    },
 }
-
-
-def process(rank: int, world: int, folder: str) -> None:
-    """One of ``world`` processes: run every check, write down what came out."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(minutes=2),  # processes that part ways would wait for each other
-    )
-    found = {name: check(rank, world) for name, check in CHECKS.items()}
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def processes(request, tmp_path_factory) -> list[dict[str, Any]]:
     """What each of 2, or 3, processes reported."""
-    folder = tmp_path_factory.mktemp("processes")
-    # Importing torch takes longer than all checks together: the fork server does it once.
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo"])
-    torch.multiprocessing.start_processes(
-        process, (request.param, str(folder)), nprocs=request.param, start_method="forkserver"
-    )
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(request.param)]
+    return reports(CHECKS, request.param, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -339,6 +357,20 @@ def test_independent_models_are_allowed_when_said(processes):
     assert [found["independent"] for found in processes] == [2, 3, 4][: len(processes)]
     for found in processes:
         assert "set optimizer.distributed = False" in found["unwrapped"]
+
+
+@pytest.mark.parametrize(("name", "sequence", "steps"), NUMBERS)
+def test_another_number_of_losses_in_one_process_is_refused_in_all(
+    processes, name, sequence, steps
+):
+    numbers = [2] * (len(processes) - 1) + [3]
+    for found in processes:
+        outcome = found[f"another number, {name}, {steps}"]
+        assert outcome["message"] == (
+            f"losses must be as many in each process, got {numbers} by rank"
+        )
+        assert outcome["unchanged"]
+        assert (outcome["passes"] == 0) == sequence  # known before the first backward pass
 
 
 def test_average(processes):

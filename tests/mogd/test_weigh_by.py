@@ -84,7 +84,7 @@ def test_moments_take_memory_for_the_named_parameters_only():
     optimizer = made(model)
     train(model, optimizer, range(2))
     moments = optimizer.state_dict()["moments"]["exp_avg"]
-    assert {position: tuple(values.shape) for position, values in moments.items()} == {0: (2, 12)}
+    assert {position: tuple(values.shape) for position, values in moments.items()} == {0: (2, 4, 3)}
 
 
 def test_the_weights_are_those_of_a_problem_without_the_others():

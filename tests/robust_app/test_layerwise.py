@@ -157,7 +157,7 @@ def test_a_stage_begins_with_a_fresh_optimizer_for_its_layers(tmp_path):
     assert steps == {3.0}  # of this stage's first epoch alone
     moments = trainer.optimizer.state_dict()["moments"]
     assert (int(moments["count"]), list(moments["exp_avg"])) == (3, [0])
-    shape = (2, trainer.network[2].weight.numel())
+    shape = (2, *trainer.network[2].weight.shape)
     assert tuple(moments["exp_avg"][0].shape) == shape
 
 

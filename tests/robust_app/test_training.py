@@ -156,7 +156,7 @@ def test_the_authors_schedule_ramps_the_certified_loss_alone_and_weighs_by_the_f
     assert reported[3] == {"adversarial_loss", "certified_loss"}
     moments = trainer.optimizer.state_dict()["moments"]["exp_avg"]
     weight = trainer.network[0].weight
-    assert {position: tuple(m.shape) for position, m in moments.items()} == {0: (2, weight.numel())}
+    assert {position: tuple(m.shape) for position, m in moments.items()} == {0: (2, *weight.shape)}
 
 
 @pytest.mark.parametrize("one", [True, False])
