@@ -1,6 +1,9 @@
 """The recipes of docs/trainers.md train as plain loops do: the code of the page itself is run."""
 
+import os
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from mogd import UnbiasedMultiGradient
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 SHARED, *SECTIONS = PAGE.read_text(encoding="utf-8").split("\n## ")
 RECIPES = {section.partition("\n")[0]: section for section in SECTIONS}
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TESTED = ("Plain torch", "Lightning", "Accelerate")
 
 lightnings_warnings = (
@@ -25,14 +29,19 @@ lightnings_warnings = (
 )
 
 
-def run(*parts, **changes):
-    """Execute the code of the parts of the page; returns the names that it leaves."""
-    names = {"__name__": "page"}
+def code_of(*parts, **changes):
+    """The code of parts of the page, with some of it replaced."""
     code = "".join("\n".join(re.findall(r"```python\n(.*?)```", part, re.S)) for part in parts)
     for old, new in changes.items():
         assert old in code
         code = code.replace(old, new)
-    exec(compile(code, str(PAGE), "exec"), names)
+    return code
+
+
+def run(*parts, **changes):
+    """Execute it; returns the names that it leaves."""
+    names = {"__name__": "page"}
+    exec(compile(code_of(*parts, **changes), str(PAGE), "exec"), names)
     return names
 
 
@@ -127,6 +136,65 @@ def test_lightning_casts_as_autocast_does(tmp_path, monkeypatch):
     expected, optimizer = plain(epochs=4, dtype=torch.bfloat16)
     assert_same_bits(page["resumed"].model, expected)
     assert_same_moments(page["resumed"].trainer.optimizers[0], optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(*lightnings_warnings)
+def test_lightning_scales_in_float16_what_it_unscales(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The plugin behind precision="16-mixed", which Lightning refuses to choose on a CPU:
+    plugin = (
+        'lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))'
+    )
+    options = f'"plugins": {plugin}, "enable_model_summary": False'
+    changes = {'"logger": False': options + ', "logger": False'}
+    scaled = "losses(self.model, *batch), scaler=self.trainer.precision_plugin.scaler"
+    page = run(SHARED, RECIPES["Lightning"], **changes, **{"losses(self.model, *batch)": scaled})
+    expected, optimizer = plain(epochs=4)
+    assert_near(page["resumed"].model, expected, part=0.02)
+    found, wanted = (
+        of.state_dict()["moments"]["norms"]
+        for of in (page["resumed"].trainer.optimizers[0], optimizer)
+    )
+    torch.testing.assert_close(found, wanted, rtol=0.1, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(*lightnings_warnings)
+def test_lightnings_unaveraged_gradients_of_two_processes_are_refused(tmp_path):
+    changes = {'"logger": False': '"devices": 2, "strategy": "ddp_fork", "logger": False'}
+    (tmp_path / "page.py").write_text(code_of(SHARED, RECIPES["Lightning"], **changes))
+    done = subprocess.run(
+        [sys.executable, "page.py"], cwd=tmp_path, env=ONE_THREAD, text=True, capture_output=True
+    )
+    assert done.returncode != 0
+    assert "RuntimeError: the processes hold different gradients" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_train_as_one_does(tmp_path):
+    changes = {
+        "    error = model(x) - y\n": "",
+        "return error.square().mean(), error.abs().mean()": (
+            "yield (model(x) - y).square().mean()\n    yield (model(x) - y).abs().mean()"
+        ),
+        "[loss / scale for loss in both]": "(loss / scale for loss in both)",
+        'mixed_precision="bf16"': 'mixed_precision="no"',
+        "DataLoader(data, batch_size=16), StepLR(ours, step_size=1": (
+            "DataLoader(data, batch_size=8), StepLR(ours, step_size=2"
+        ),
+    }
+    code = code_of(SHARED, RECIPES["Accelerate"], **changes)
+    code += "torch.save(list(model.parameters()), f'{accelerator.process_index}.pt')\n"
+    (tmp_path / "page.py").write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", "page.py"], cwd=tmp_path, env=ONE_THREAD, check=True
+    )
+    expected, _ = plain(2, micro_batches=2, each_step=True)
+    for process in range(2):
+        found = torch.load(tmp_path / f"{process}.pt")
+        torch.testing.assert_close(found, list(expected.parameters()), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
