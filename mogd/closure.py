@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def needs_closure(step: Callable[..., Any]) -> bool:
 
 def reevaluation(
     optimizer: Optimizer,
-    closure: Callable[[], Iterable[Tensor]],
+    closure: Callable[[], Any],
     record: Record,
     average: Callable[[Tensor], Tensor],
 ) -> Callable[[], float]:

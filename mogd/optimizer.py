@@ -150,6 +150,7 @@ class UnbiasedMultiGradient(Wrapper):
                 ``nonfinite`` is ``"raise"``; nothing has changed then.
             RuntimeError: if processes that train one model hold different gradients or weights.
         """
+        self = self._itself()
         if scaler is not None and not scaler.is_enabled():
             scaler = None
         collected, self._pending = self._pending or LossGradients(), None
@@ -180,6 +181,7 @@ class UnbiasedMultiGradient(Wrapper):
         The first call outside combines the sums: micro-batches whose losses are divided by their
         number give the step of the whole batch. An error inside drops them.
         """
+        self = self._itself()
         before, self._accumulating = self._accumulating, True
         try:
             yield
@@ -191,7 +193,7 @@ class UnbiasedMultiGradient(Wrapper):
 
     @_disable_dynamo
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Iterable[Tensor]] | None = None
+        self, closure: Callable[[], Iterable[Tensor] | None] | None = None
     ) -> Record | None:
         """Let the base optimizer step along ``.grad``.
 
@@ -199,24 +201,30 @@ class UnbiasedMultiGradient(Wrapper):
             closure: returns the losses; with it, this is ``zero_grad``, ``backward`` and ``step``
                 in one. A base that evaluates the losses several times a step (L-BFGS) needs it,
                 and sees the same weights at each evaluation; ``nonfinite`` guards the first.
+                One that returns None, as those of trainer frameworks do, has called ``backward``
+                itself: then this steps along ``.grad`` as it is.
 
         Returns:
-            The record of ``backward`` if a closure was given.
+            The record of ``backward`` if a closure returned the losses.
 
         Raises:
             RuntimeError: if accumulated gradients were never combined.
-            TypeError: if the base needs a closure and there is none.
+            TypeError: if the base needs the losses and gets none, or there is no gradient.
         """
         record = None
         if closure is not None:
-            self.zero_grad()
             with torch.enable_grad():
-                record = self.backward(closure())
+                losses = closure()
+                if losses is not None:
+                    self.zero_grad()
+                    record = self.backward(losses)
         if self._pending is not None:
             raise RuntimeError(
                 "gradients were accumulated but not combined: "
                 "the last backward() before step() belongs outside accumulate()"
             )
+        if closure is not None and record is None and self._keep is True:
+            self._check_gradient()
         objective = None
         if needs_closure(type(self.base).step):
             if closure is None or record is None:
@@ -232,8 +240,17 @@ class UnbiasedMultiGradient(Wrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the parameters' ``.grad`` and drop what :meth:`accumulate` gathered."""
+        self = self._itself()
         self._pending, self._keep = None, True
         super().zero_grad(set_to_none)
+
+    def _check_gradient(self) -> None:
+        """A closure that returned None must have left a gradient: else it has lost its losses."""
+        if all(parameter.grad is None for parameter in self._parameters()):
+            raise TypeError(
+                "closure must return the losses, or None after a backward(); "
+                "got None and there is no gradient"
+            )
 
     def _added_state(self) -> dict[str, Any]:
         moments = self._moments

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mogd.rules import conflicting
@@ -31,3 +32,14 @@ class Record:
     def conflict(self) -> Tensor:
         """Whether two moments disagreed (:func:`mogd.rules.conflicting`), 0-dim bool."""
         return conflicting(self.gramian, self.norms)
+
+    @property
+    def cosines(self) -> Tensor:
+        """Cosines of the angles between the moments, shape ``(K, K)``, in [-1, 1].
+
+        ⟨mⱼ, mₖ⟩ / (‖mⱼ‖ ‖mₖ‖), and 0 where either moment is 0; so all are 0 at the first step.
+        Source: paper, Algorithm 1, line 12, whose test looks at the sign of this alone.
+        """
+        lengths = self.gramian.diagonal().sqrt()
+        products = torch.outer(lengths, lengths)
+        return (self.gramian / products).masked_fill(products == 0, 0.0).clamp(-1.0, 1.0)

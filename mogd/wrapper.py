@@ -1,7 +1,7 @@
 """An optimizer around another: what is asked of any optimizer, by way of the base."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class Wrapper(Optimizer):
             ValueError: if the state is another optimizer's or does not fit the parameters;
                 nothing has changed then.
         """
+        self = self._itself()
         state_dict = dict(state_dict)
         for revise in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = revise(self, state_dict) or state_dict
@@ -77,6 +78,16 @@ class Wrapper(Optimizer):
         self.defaults = self.base.defaults
         self.param_groups = self.base.param_groups
         self.state = self.base.state
+
+    def _itself(self) -> Self:
+        """The optimizer that holds the state.
+
+        Lightning wraps an optimizer in an object that imitates its class: methods of ours run on
+        that object, which reads what it lacks from the optimizer, but keeps what they set.
+        """
+        imitation: Any = self
+        itself: Self = self if "base" in vars(self) else imitation.optimizer
+        return itself
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

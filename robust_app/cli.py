@@ -19,8 +19,10 @@ from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError, unknown
+from robust_app.events import summary_writer
 from robust_app.freed_memory import keep_freed_memory
 from robust_app.options import DataRoot, Device, Download
+from robust_app.plot import plot
 from robust_app.reproduction.command import reproduce
 from robust_app.run_directory import RunDirectory, next_free
 from robust_app.session import Examination
@@ -70,12 +72,17 @@ def train(
             "compile, its losses by torch.compile. A resumed run may change it."
         ),
     ] = "eager",
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write scalars for it too; needs its package.")
+    ] = False,
 ) -> None:
     """Train a network; with no options, AdvIBP on the embedded digits in about a minute."""
     if execution not in EXECUTIONS:
         raise unknown("--execution", execution, EXECUTIONS)
     if resume and run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
+    if tensorboard:
+        summary_writer()  # what is missing is missed before anything is written
     directory = RunDirectory(run_dir or next_free(Path("runs"), Path(recipe or "digits").stem))
     stored = directory.config() if resume else None
     if stored is None:
@@ -94,7 +101,7 @@ def train(
             )
             return
         with directory.locked():
-            _train_and_report(trainer, directory, dataset, data_root, until)
+            _train_and_report(trainer, directory, dataset, data_root, until, tensorboard)
 
 
 def _train_and_report(
@@ -103,12 +110,20 @@ def _train_and_report(
     dataset: Dataset,
     data_root: Path | None,
     until: int,
+    tensorboard: bool,
 ) -> None:
     """Train and, at the end of the run, evaluate."""
     console = reporting.console()
     again = f"continue with: robust-app train --run-dir {shlex.quote(str(directory.path))} --resume"
     try:
-        runner.train(trainer, directory, console, data_root=data_root, stop_after=until)
+        runner.train(
+            trainer,
+            directory,
+            console,
+            data_root=data_root,
+            stop_after=until,
+            tensorboard=tensorboard,
+        )
     except KeyboardInterrupt:
         console.print(f"interrupted; all whole epochs are kept, {again}", soft_wrap=True)
         raise typer.Exit(130) from None
@@ -213,6 +228,7 @@ def _show(tables: list[Table]) -> None:
         reporting.console().print(table)
 
 
+app.command()(plot)
 app.command()(reproduce)
 
 

@@ -33,6 +33,7 @@ class RunDirectory:
         self.last_file = path / "last.pt"
         self.results_file = path / "results.json"
         self.curves_file = path / "curves.png"
+        self.events_folder = path / "tensorboard"
 
     def stage_file(self, stage: int) -> Path:
         """The network as it was when a stage of layer-wise training ended."""

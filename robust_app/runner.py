@@ -1,16 +1,19 @@
 """A run as its user watches it: progress while it trains, errors when it is evaluated."""
 
 import dataclasses
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from rich.console import Console
 
-from robust_app import curves, environment, reporting, session
+from robust_app import curves, environment, pictures, reporting, session
 from robust_app.data import Dataset
 from robust_app.evaluation import Errors
+from robust_app.events import Events
 from robust_app.run_directory import RunDirectory
 from robust_app.session import Examination
 from robust_app.training import Trainer
+from robust_app.watching import Watcher, Watchers
 
 
 def train(
@@ -20,6 +23,7 @@ def train(
     *,
     data_root: Path | None,
     stop_after: int,
+    tensorboard: bool = False,
 ) -> None:
     """Begin or resume a run, watched where this process leads, and draw its curves.
 
@@ -29,6 +33,7 @@ def train(
         console: of the leading process.
         data_root: where the data lie, noted for the next time.
         stop_after: number of epochs, counted from the start of the run.
+        tensorboard: whether to write events for it too.
 
     Raises:
         UserError: see :func:`robust_app.session.run`.
@@ -44,9 +49,15 @@ def train(
         | {"execution": trainer.execution.name}
     )
     console.print(f"run directory: {directory.path}", markup=False, soft_wrap=True)
-    with reporting.watcher(console, config.total_epochs) as watcher:
-        session.run(trainer, directory, watcher, stop_after)
-    curves.draw(directory.metrics(), directory.curves_file)
+    with ExitStack() as stack:
+        watchers: list[Watcher] = [
+            stack.enter_context(reporting.watcher(console, config.total_epochs))
+        ]
+        if tensorboard:
+            watchers.append(stack.enter_context(closing(Events(directory))))
+        session.run(trainer, directory, Watchers(watchers), stop_after)
+    runs = {directory.path.resolve().name: directory.metrics()}
+    pictures.save(curves.figure(runs), [directory.curves_file])
 
 
 def evaluate(

@@ -254,6 +254,7 @@ class Trainer:
         for index, name in enumerate(names):
             report[f"{name}_loss"] = record.losses[index]
             report[f"{name}_weight"] = record.weights[index]
+        report["cosine"] = record.cosines[0, 1]
         report["conflicts"] = record.conflict
         report["certified_first"] = record.conflict & (record.prioritized == 1)
         return report

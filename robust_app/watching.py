@@ -1,6 +1,6 @@
 """How training goes, for whoever watches it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,23 @@ class Watcher(Protocol):
 
     def epoch(self, metrics: dict[str, Any]) -> None:
         """After each epoch is saved, with its line of ``metrics.jsonl``."""
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """Several watchers, each told in turn."""
+
+    watchers: Sequence[Watcher]
+
+    def batch(self, epoch: int, batch: int, batches: int, now: Setting, means: "Means") -> None:
+        """Tell each."""
+        for watcher in self.watchers:
+            watcher.batch(epoch, batch, batches, now, means)
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """Tell each."""
+        for watcher in self.watchers:
+            watcher.epoch(metrics)
 
 
 @dataclass

@@ -19,6 +19,7 @@ MODULES = [
     for module in pkgutil.walk_packages([str(ROOT / package)], prefix=f"{package}.")
     if not module.name.endswith("__main__")  # importing it would run the command line
 ]
+RUN_BY_A_TEST_OF_ITS_OWN = {"trainers.md"}  # what it imports is slow to import
 NOT_CODE = {"bash", "text", "toml"}  # fences that nobody executes
 
 
@@ -27,7 +28,11 @@ def blocks(page):
     return list(Document.parse(str(page), PythonCodeBlockParser()).examples())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name not in RUN_BY_A_TEST_OF_ITS_OWN],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):

@@ -1,18 +1,14 @@
 """The paper's figures, drawn from what was measured."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from robust_app.checkpoint import replacing
+from robust_app import pictures
 from robust_app.reproduction.paper import Table, shown
 from robust_app.reproduction.sheets import Measured, paired, reduction, stage_errors
 
-FORMATS = ("png", "svg")
 ACROSS = 4  # panels in a row
 Panels = Mapping[str, Callable[[Axes], None]]
 
@@ -35,21 +31,15 @@ def draw(table: Table, measured: Measured, out: Path) -> list[Path]:
         panels = stage_panels(table, measured)
     if not panels:
         return []
-    columns = min(len(panels), ACROSS)
-    rows = math.ceil(len(panels) / ACROSS)
-    figure = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    for place, (title, paint) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(rows, columns, place)
+    figure, all_axes = pictures.panels(len(panels), ACROSS, (4, 3.6))
+    for axes, (title, paint) in zip(all_axes, panels.items(), strict=True):
         paint(axes)
         axes.set_title(title)
         axes.set_ylabel("verified error, %")
         axes.grid(alpha=0.3, axis="y")
         axes.legend(fontsize="small")
-    files = [out / f"{table.name}.{kind}" for kind in FORMATS]
-    for file, kind in zip(files, FORMATS, strict=True):
-        with replacing(file) as partial:
-            figure.savefig(partial, dpi=120, format=kind)
+    files = [out / f"{table.name}.{kind}" for kind in pictures.FORMATS]
+    pictures.save(figure, files)
     return files
 
 

@@ -383,6 +383,33 @@ def test_step_before_any_gradient_does_nothing():
     assert p.tolist() == [1, 2]
 
 
+def test_a_closure_that_returns_none_has_called_backward_itself():
+    start = (1.0, -1.0)
+    p, inside = optimizer_after(p=parameter(*start), lr=0.5, base=torch.optim.Adam)
+    q, before = optimizer_after(p=parameter(*start), lr=0.5, base=torch.optim.Adam)
+    r, plain = optimizer_after(p=parameter(*start), lr=0.5, base=torch.optim.Adam)
+    for gradients in (AGREEING, CONFLICTING, CONFLICTING):
+
+        def closure(gradients=gradients):
+            inside.zero_grad()
+            inside.backward([linear(p, gradient) for gradient in gradients])
+
+        with torch.no_grad():
+            assert inside.step(closure) is None
+
+        before.zero_grad()
+        before.backward([linear(q, gradient) for gradient in gradients])
+        assert before.step(lambda: None) is None
+
+        plain.zero_grad()
+        plain.backward([linear(r, gradient) for gradient in gradients])
+        plain.step()
+        assert_same_bits(p, r)
+        assert_same_bits(q, r)
+        assert_same_bits(vars(inside.last), vars(plain.last))
+    assert p.tolist() != list(start)
+
+
 def test_step_of_a_closure_is_the_three_calls():
     a, in_one = optimizer_after(*HISTORIES["conflict"], lr=0.1, momentum=0.9)
     b, in_three = optimizer_after(*HISTORIES["conflict"], lr=0.1, momentum=0.9)

@@ -56,6 +56,15 @@ def test_a_priority_that_names_no_loss_is_refused_and_changes_nothing(answer, er
     assert_same_bits(snapshot(optimizer), before)
 
 
+def test_a_closure_without_losses_or_gradients_is_refused():
+    _, optimizer = optimizer_after(CONFLICTING, lr=0.1)
+    optimizer.zero_grad()
+    before = snapshot(optimizer)
+    with pytest.raises(TypeError, match="closure must return the losses"):
+        optimizer.step(lambda: None)
+    assert_same_bits(snapshot(optimizer), before)
+
+
 class OracleError(Exception):
     pass
 

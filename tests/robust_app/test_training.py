@@ -42,6 +42,22 @@ def test_every_phase_is_passed_and_reported(tmp_path):
     assert 0 <= last["standard_error"] <= last["verified_error"] <= 100
 
 
+def test_the_mean_cosine_of_the_moments_is_reported():
+    trainer = Trainer(full_strength("advibp", epochs=2), few_digits(), ALONE)
+    cosines = []
+
+    class Collector(Silent):
+        def batch(self, *_):
+            cosines.append(trainer.optimizer.last.cosines[0, 1].item())
+
+    for _ in range(2):
+        cosines.clear()
+        reported = trainer.train_epoch(Collector())["cosine"]
+        assert len(cosines) == 3
+        assert reported == pytest.approx(sum(cosines) / 3)
+    assert 0 < abs(reported) < 1
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
     first, second = (trained(short_config(), tmp_path / name) for name in "ab")
     other = trained(short_config(seed=1), tmp_path / "c")
