@@ -216,16 +216,13 @@ def _flatten(node: Node) -> nn.Module:
 @_of("Reshape")
 def _reshape(node: Node) -> nn.Module:
     """To flat images or back; a batch of a fixed size is as good as any."""
-    shape = [int(size) for size in node.constant(1)]
-    if not node.attributes.get("allowzero", 0):
-        shape = [
-            (0, *node.shape)[i] if size == 0 and i > 0 else size for i, size in enumerate(shape)
-        ]
-    values = torch.Size(node.shape).numel()
+    _, *sizes = (int(size) for size in node.constant(1))
     try:
-        inner = torch.empty(values, device="meta").view(shape[1:]).shape
-    except RuntimeError:
-        raise node.refused(f"to {shape} does not keep the images of {node.shape} apart") from None
+        if not node.attributes.get("allowzero", 0):
+            sizes = [size or node.shape[i] for i, size in enumerate(sizes)]
+        inner = torch.empty(node.shape, device="meta").view(sizes).shape
+    except (RuntimeError, IndexError):
+        raise node.refused(f"{node.shape} to {sizes} does not keep images apart") from None
     return nn.Sequential(nn.Flatten(), nn.Unflatten(1, inner)) if len(inner) > 1 else nn.Flatten()
 
 

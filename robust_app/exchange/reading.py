@@ -120,7 +120,11 @@ def _append(layers: list[nn.Module], layer: nn.Module) -> None:
     The last Linear with its bias is what margins are merged with.
     """
     before = layers[-1] if layers else None
-    if isinstance(before, nn.Linear) and isinstance(layer, ElementwiseAffine):
+    if (
+        isinstance(before, nn.Linear)
+        and isinstance(layer, ElementwiseAffine)
+        and layer.scale.ndim == 1
+    ):
         shift = layer.shift if before.bias is None else layer(before.bias)
         before.weight = nn.Parameter(layer.scale.unsqueeze(1) * before.weight)
         before.bias = nn.Parameter(shift.detach())

@@ -32,6 +32,7 @@ def verdict(verifier: str, folder: Path, model: str, prop: str, seconds: str) ->
     """What the verifier says of a property; undecided also where it gives up with an error."""
     _, *arguments = COMMANDS[verifier].split()
     filled = [part.format(model=model, prop=prop, seconds=seconds) for part in arguments]
+    # Not checked: vibecheck's status is 1 when it has found a counterexample.
     done = subprocess.run(
         [str(command(verifier)), *filled], cwd=folder, check=False, text=True, capture_output=True
     )

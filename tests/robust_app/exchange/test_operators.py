@@ -133,7 +133,11 @@ REFUSED = {
         "AveragePool: ",
     ),
     "flatten of something else": (("Flatten", IMAGE, [None], {"axis": 2}), "Flatten: .* found 2"),
-    "reshape across images": (("Reshape", IMAGE, [None, integers(6, -1, 7)], {}), "Reshape: to"),
+    "reshape across images": (("Reshape", IMAGE, [None, integers(6, -1, 7)], {}), "Reshape: "),
+    "reshape of all images to one row": (
+        ("Reshape", IMAGE, [None, integers(-1)], {}),
+        r"Reshape: \(4, 6, 5\) to \[\] does not keep images apart",
+    ),
     "a constant larger than the image": (("Add", (1,), [None, values(6)], {}), r"Add: .*\(6,\)"),
     "training": (
         ("Dropout", IMAGE, [None, torch.tensor(0.5), torch.tensor(True)], {}),

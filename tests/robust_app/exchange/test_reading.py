@@ -58,6 +58,17 @@ def test_a_product_its_bias_and_its_scale_are_one_layer():
     torch.testing.assert_close(network(x), by_runtime(made, x))
 
 
+def test_a_product_of_rows_keeps_the_bias_apart():
+    """Which differs from row to row, as a Linear's cannot."""
+    made = model(
+        [node("MatMul", "X", "w", output="a"), node("Add", "a", "b")],
+        (2, 6),
+        {"w": WEIGHT, "b": torch.arange(6.0).view(2, 3)},
+    )
+    x = torch.rand(4, 2, 6)
+    torch.testing.assert_close(from_onnx(made, (2, 6))(x), by_runtime(made, x))
+
+
 def test_what_depends_on_constants_alone_is_computed():
     matrix = numpy_helper.from_array(WEIGHT.T.contiguous().numpy())
     made = model(
