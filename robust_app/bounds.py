@@ -17,7 +17,7 @@ from robust_app.batch_norm import BatchNorm
 from robust_app.fused import relu_box
 from robust_app.interval import Interval
 from robust_app.layer_rules import IN_TRAINING, Rules, is_plainly
-from robust_app.layers import Normalize, Residual
+from robust_app.layers import ElementwiseAffine, Normalize, Residual
 
 
 @singledispatch
@@ -25,8 +25,8 @@ def propagate(layer: nn.Module, interval: Interval) -> Interval:
     """A box that holds ``layer(x)`` for every x of the given box.
 
     There are rules for Linear, Conv2d, the non-decreasing activations, pooling, torch's BatchNorm
-    and Dropout in evaluation, Flatten, Unflatten, Identity, Sequential, Normalize, Residual and
-    :class:`robust_app.batch_norm.BatchNorm`.
+    and Dropout in evaluation, Flatten, Unflatten, Identity, Sequential, Normalize, Residual,
+    ElementwiseAffine and :class:`robust_app.batch_norm.BatchNorm`.
     A rule for a layer of your own is registered on its type:
 
     >>> class Double(nn.Module):
@@ -87,6 +87,11 @@ def _conv2d(layer: nn.Conv2d, interval: Interval) -> Interval:
 @_RULES.of(Normalize)
 def _normalize(layer: Normalize, interval: Interval) -> Interval:
     return Interval(layer(interval.center), interval.radius / layer.std)
+
+
+@_RULES.of(ElementwiseAffine)
+def _elementwise(layer: ElementwiseAffine, interval: Interval) -> Interval:
+    return Interval(layer(interval.center), interval.radius * layer.scale.abs())
 
 
 @_RULES.of(BatchNorm)

@@ -12,14 +12,16 @@ import typer
 from rich.table import Table
 
 from robust_app import config as configs
-from robust_app import data, distributed, listings, reporting, runner, verifiers
+from robust_app import data, distributed, listings, reporting, runner
 from robust_app import recipes as recipe_book
 from robust_app.capture import EXECUTIONS
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError, unknown
+from robust_app.evaluate_command import evaluate
 from robust_app.events import summary_writer
+from robust_app.exchange.command import export
 from robust_app.freed_memory import keep_freed_memory
 from robust_app.options import DataRoot, Device, Download
 from robust_app.plot import plot
@@ -91,7 +93,7 @@ def train(
     if stored is not None and config != stored:
         raise UserError(f"--resume: the run has {configs.differences(stored, config)}")
     until = min(stop_after or config.total_epochs, config.total_epochs)
-    data_root = data_root or _last_data_root(directory)
+    data_root = data_root or directory.data_root()
     with distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)
         trainer = Trainer(config, dataset, world, EXECUTIONS[execution])
@@ -135,54 +137,8 @@ def _train_and_report(
     )
 
 
-@app.command()
-def evaluate(
-    run_dir: Annotated[Path, typer.Argument(help="Directory of a run.")],
-    epsilon: Annotated[
-        float | None, typer.Option(help="Radius in pixels of [0, 1]; the run's by default.")
-    ] = None,
-    verifier: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[,NAME…]",
-            help=f"Each decides what those before it left: {', '.join(verifiers.VERIFIERS)}. "
-            "By default ibp, and crown-ibp where the training ends with its bounds.",
-        ),
-    ] = None,
-    pgd_steps: Annotated[int | None, typer.Option(min=1, help="The run's by default.")] = None,
-    pgd_restarts: Annotated[int | None, typer.Option(min=1, help="The run's by default.")] = None,
-    images: Annotated[
-        int | None, typer.Option(min=1, help="As many test images at random, not all.")
-    ] = None,
-    time_limit: Annotated[
-        float, typer.Option(min=0, help="Seconds for an image, of the verifier exact.")
-    ] = 60.0,
-    data_root: DataRoot = None,
-    download: Download = False,
-    device: Device = "auto",
-) -> None:
-    """Standard, PGD and verified errors of a run's best and last network on the test images."""
-    directory = RunDirectory(run_dir)
-    config = directory.config()
-    changes: dict[str, Any] = {
-        "evaluation_epsilon": epsilon,
-        "pgd_steps": pgd_steps,
-        "pgd_restarts": pgd_restarts,
-    }
-    given = {name: value for name, value in changes.items() if value is not None}
-    how = dataclasses.replace(
-        Examination.of(dataclasses.replace(config, **given)),
-        time_limit=time_limit,
-        images=images,
-    )
-    if verifier is not None:
-        how = dataclasses.replace(how, verifiers=verifiers.parse(verifier))
-    data_root = data_root or _last_data_root(directory)
-    with distributed.join(device) as world:
-        dataset = _load(config, data_root, download, world)
-        if world.leads:
-            with directory.locked():
-                runner.evaluate(directory, dataset, reporting.console(), how, config.seed)
+app.command()(evaluate)
+app.command()(export)
 
 
 @app.command()
@@ -235,12 +191,6 @@ app.command()(reproduce)
 def _load(config: Config, data_root: Path | None, download: bool, world: World) -> Dataset:
     with world.leader_first():
         return data.load(config.dataset, data_root, download).to(world.device)
-
-
-def _last_data_root(directory: RunDirectory) -> Path | None:
-    """Where the run found its data when it was last started."""
-    roots = [Path(made["data_root"]) for made in directory.environments() if made["data_root"]]
-    return roots[-1] if roots else None
 
 
 def _requested(

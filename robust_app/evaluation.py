@@ -91,6 +91,22 @@ class Contradiction(Exception):
 
 @torch.no_grad()
 @products_in("float32")
+def misclassified(network: nn.Module, x: Tensor, labels: Tensor) -> int:
+    """How many images are misclassified as they are.
+
+    Args:
+        network: in evaluation mode.
+        x: images, uint8 or in [0, 1], ``(n, C, H, W)``.
+        labels: true classes, int64 ``(n,)``.
+    """
+    return sum(
+        int((network(images).argmax(1) != classes).sum())
+        for images, classes in _chunks(x, labels, CHUNK)
+    )
+
+
+@torch.no_grad()
+@products_in("float32")
 def standard_and_certified(
     network: nn.Module,
     x: Tensor,

@@ -48,6 +48,38 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+class ElementwiseAffine(nn.Module):
+    """``scale * x + shift``, entry by entry.
+
+    Args:
+        scale: of the shape of one input without its batch dimension.
+        shift: of the same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    >>> ElementwiseAffine(torch.tensor([2.0, -1.0]), torch.tensor([0.0, 1.0]))(torch.ones(1, 2))
+    tensor([[2., 0.]])
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        if scale.shape != shift.shape:
+            raise ValueError(
+                "scale and shift must be of one shape,"
+                f" got {tuple(scale.shape)} and {tuple(shift.shape)}"
+            )
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift inputs ``(batch, *shape)``."""
+        return self.scale * x + self.shift
+
+
 class Residual(nn.Module):
     """The sum of two branches, ``body(x) + shortcut(x)``.
 

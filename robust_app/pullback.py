@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from robust_app import small_patches
 from robust_app.batch_norm import BatchNorm
 from robust_app.layer_rules import IN_TRAINING, Rules
-from robust_app.layers import Normalize
+from robust_app.layers import ElementwiseAffine, Normalize
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ def pull_back(layer: nn.Module, bound: LinearBound, shape: torch.Size) -> Linear
     """Bounds in an affine layer's inputs from bounds in its outputs: the same functions.
 
     There are rules for Linear, Conv2d, average pooling, BatchNorm (with statistics of its own) and
-    Dropout in evaluation, Flatten, Unflatten, Identity and Normalize. For an affine layer of
-    your own, ``pull_back.register(MyLayer)(pull_back_affine)``.
+    Dropout in evaluation, Flatten, Unflatten, Identity, Normalize and ElementwiseAffine. For an
+    affine layer of your own, ``pull_back.register(MyLayer)(pull_back_affine)``.
 
     Args:
         layer: from ``(batch, *shape)``.
@@ -74,7 +74,7 @@ def inner_products(coefficients: Tensor, values: Tensor) -> Tensor:
 
 _RULES = Rules(pull_back, "linear bounds")
 
-_RULES.of(nn.AvgPool2d, nn.AdaptiveAvgPool2d)(pull_back_affine)
+_RULES.of(nn.AvgPool2d, nn.AdaptiveAvgPool2d, ElementwiseAffine)(pull_back_affine)
 
 
 @_RULES.of(nn.Linear)

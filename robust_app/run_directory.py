@@ -100,6 +100,11 @@ class RunDirectory:
         """What each start of the run was made with, oldest first."""
         return _read_list(self.environment_file, ("device", "data_root"))
 
+    def data_root(self) -> Path | None:
+        """Where the run found its data when it was last started, if it was told."""
+        roots = [Path(made["data_root"]) for made in self.environments() if made["data_root"]]
+        return roots[-1] if roots else None
+
     def add_environment(self, environment: dict[str, Any]) -> None:
         """Append what this start of the run is made with to ``environment.json``."""
         text = json.dumps([*self.environments(), environment], indent=2) + "\n"

@@ -1,19 +1,29 @@
 """A run as its user watches it: progress while it trains, errors when it is evaluated."""
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from robust_app import curves, environment, pictures, reporting, session
+from robust_app.batches import as_float
+from robust_app.checkpoint import replacing
 from robust_app.data import Dataset
-from robust_app.evaluation import Errors
+from robust_app.errors import UserError
+from robust_app.evaluation import Errors, misclassified
 from robust_app.events import Events
 from robust_app.run_directory import RunDirectory
 from robust_app.session import Examination
 from robust_app.training import Trainer
+from robust_app.verifiers import VERIFIERS
 from robust_app.watching import Watcher, Watchers
+
+SEED = 0  # of the images and attacks of a network from elsewhere
+NEAR_CHANCE = 0.1  # the share of what one class for all gets wrong, below which to warn
 
 
 def train(
@@ -88,16 +98,72 @@ def evaluate(
         name = f"{which} (epoch {epoch})"
         with reporting.evaluating(console, name, images) as on_batch:
             rows[epoch] = (name, session.measure(network, dataset, how, seed, on_batch))
-    title = (
-        f"{dataset.name}: {images} test images, ε = {how.epsilon:.4g}, "
-        f"verified by {', '.join(how.verifiers)}, PGD of {how.pgd_steps} steps"
-    )
-    console.print(reporting.errors_table(title, rows.values()))
-    if how.verifiers != ("ibp",):
-        console.print(reporting.shares_table(rows.values()))
+    _show(console, dataset, how, list(rows.values()))
     directory.add_results(
         [
             {"network": name, **dataclasses.asdict(how), **errors.as_dict()}
             for name, errors in rows.values()
         ]
     )
+
+
+def evaluate_outside(
+    name: str,
+    network: nn.Module,
+    dataset: Dataset,
+    console: Console,
+    how: Examination,
+    output: Path | None = None,
+) -> None:
+    """Evaluate a network from elsewhere on the test images; print its errors, and keep them.
+
+    Its accuracy on the images as they are comes first: one near chance most often means images in
+    another layout or normalisation than the network was trained on.
+
+    Args:
+        name: of the network, for the user.
+        network: in evaluation mode, on the device of the data.
+        dataset: its test part is used.
+        console: where to.
+        how: what to do with the images.
+        output: a JSON file to write; none if left out.
+
+    Raises:
+        UserError: a verifier has no rule for a layer, ``how`` does not fit the data, or the file
+            cannot be written.
+    """
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"{output}: cannot be written (there is no folder {output.parent})")
+    x, y = dataset.x_test, dataset.y_test
+    for verifier in how.verifiers:  # a layer without a rule is to be noticed before the attack
+        VERIFIERS[verifier].decide(network, as_float(x[:1]), y[:1], how.epsilon, 0.0)
+    accuracy = 1 - misclassified(network, x, y) / len(y)
+    constant = y.bincount().max().item() / len(y)
+    line = f"{name}: classifies {accuracy:.2%} of the {len(y)} test images rightly"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if accuracy < constant + NEAR_CHANCE * (1 - constant):
+        console.print(
+            f"warning: that is near chance (one class for all: {constant:.2%}); it takes images in "
+            f"[0, 1] of shape {dataset.image_shape}, with its normalisation inside",
+            highlight=False,
+            soft_wrap=True,
+        )
+    with reporting.evaluating(console, name, how.images or len(y)) as on_batch:
+        errors = session.measure(network, dataset, how, SEED, on_batch)
+    _show(console, dataset, how, [(name, errors)])
+    if output is not None:
+        content = {"network": name, "dataset": dataset.name, **dataclasses.asdict(how)}
+        with replacing(output) as partial:
+            partial.write_text(json.dumps(content | errors.as_dict(), indent=2) + "\n")
+
+
+def _show(
+    console: Console, dataset: Dataset, how: Examination, rows: Sequence[tuple[str, Errors]]
+) -> None:
+    title = (
+        f"{dataset.name}: {how.images or len(dataset.x_test)} test images, ε = {how.epsilon:.4g}, "
+        f"verified by {', '.join(how.verifiers)}, PGD of {how.pgd_steps} steps"
+    )
+    console.print(reporting.errors_table(title, rows))
+    if how.verifiers != ("ibp",):
+        console.print(reporting.shares_table(rows))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robust_app import checkpoint, methods
 from robust_app.config import Config
@@ -95,7 +95,9 @@ def ends_stage(config: Config, epochs_done: int) -> bool:
     return stages >= 0 and rest == 0
 
 
-def load_network(directory: RunDirectory, dataset: Dataset, which: str) -> tuple[nn.Module, int]:
+def load_network(
+    directory: RunDirectory, dataset: Dataset, which: str
+) -> tuple[nn.Sequential, int]:
     """A saved network of a run, on the device of the data, and the epoch it is of.
 
     Args:
@@ -125,6 +127,9 @@ class Examination:
         verifiers: the cascade; see :func:`~robust_app.evaluation.evaluate`.
         time_limit: seconds for an image, of the verifiers that could go on for ever.
         images: how many test images, drawn at random by the run's seed; None for all.
+
+    Raises:
+        UserError: ``epsilon`` is not in [0, 1].
     """
 
     epsilon: float
@@ -133,6 +138,10 @@ class Examination:
     verifiers: tuple[str, ...] = ("ibp",)
     time_limit: float = 60.0
     images: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon <= 1:
+            raise UserError(f"epsilon: expected a number in [0, 1], found {self.epsilon}")
 
     @classmethod
     def of(cls, config: Config) -> "Examination":
@@ -166,17 +175,36 @@ def measure(
     """
     x, y = dataset.x_test, dataset.y_test
     if how.images is not None:
-        if how.images > len(x):
-            raise UserError(
-                f"images: expected at most the {len(x)} test images, found {how.images}"
-            )
-        drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        chosen = drawn[: how.images].to(x.device)
+        chosen = drawn(dataset, how.images, seed).to(x.device)
         x, y = x[chosen], y[chosen]
+    return examine(network, x, y, how, seed, on_batch)
+
+
+def drawn(dataset: Dataset, count: int, seed: int) -> Tensor:
+    """Indices of ``count`` test images, drawn at random by ``seed`` alone: int64 ``(count,)``.
+
+    Raises:
+        UserError: if there are fewer test images.
+    """
+    found = len(dataset.x_test)
+    if count > found:
+        raise UserError(f"images: expected at most the {found} test images, found {count}")
+    return torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def examine(
+    network: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    how: Examination,
+    seed: int,
+    on_batch: Callable[[int], object] = lambda _: None,
+) -> Errors:
+    """:func:`~robust_app.evaluation.evaluate` as an :class:`Examination` says."""
     return evaluate(
         network,
         x,
-        y,
+        labels,
         how.epsilon,
         pgd_steps=how.pgd_steps,
         pgd_restarts=how.pgd_restarts,

@@ -1,10 +1,15 @@
-"""The command line as the tests call it."""
+"""The command line as the tests call it, and a small run."""
 
 import sys
 
 import pytest
+import torch
+from torch.nn import functional as F
 
-from robust_app import cli
+from robust_app import checkpoint, cli, data
+from robust_app.networks import build_network
+from robust_app.run_directory import RunDirectory
+from tests.robust_app.runs import short_config
 
 
 @pytest.fixture
@@ -21,3 +26,27 @@ def robust_app(monkeypatch, capsys, tmp_path):
         return stopped.value.code or 0, output.out, output.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory, digits):
+    """The folder of a run on the digits that nobody changes; its radius is small."""
+    directory = RunDirectory(tmp_path_factory.mktemp("digits") / "run")
+    directory.path.mkdir()
+    config = short_config(evaluation_epsilon=0.003, pgd_steps=5)
+    directory.start(config)
+    torch.manual_seed(0)
+    network = build_network(config, digits)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for batch in torch.randint(len(digits.x_train), (40, 64)):
+        optimizer.zero_grad()
+        F.cross_entropy(network(digits.x_train[batch] / 255), digits.y_train[batch]).backward()
+        optimizer.step()
+    saved = {"format": "robust-app 1", "epoch": 1, "network": network.state_dict()}
+    checkpoint.save(saved, directory.best_file)
+    return directory.path

@@ -8,7 +8,7 @@ from robust_app.bounds import propagate
 from robust_app.errors import UserError
 from robust_app.interval import Interval
 from robust_app.layer_rules import UnsupportedLayer
-from robust_app.layers import Normalize, Residual
+from robust_app.layers import ElementwiseAffine, Normalize, Residual
 from robust_app.margins import margin_bounds
 from tests.robust_app.networks import linear, points
 
@@ -37,6 +37,7 @@ AFFINE = {
     "conv with dilation": (nn.Conv2d(2, 2, 2, dilation=2, padding="same"), IMAGE),
     "conv circular": (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), IMAGE),
     "normalize": (Normalize([0.3, -0.5], [0.5, 2.0]), IMAGE),
+    "elementwise": (ElementwiseAffine(*torch.randn(2, *IMAGE)), IMAGE),
     "identity": (nn.Identity(), VECTOR),
     "flatten": (nn.Flatten(), IMAGE),
     "unflatten": (nn.Unflatten(1, (2, 3)), VECTOR),

@@ -21,6 +21,7 @@ from robust_app.methods import METHODS
 from robust_app.models import MODELS
 from robust_app.run_directory import RunDirectory
 from robust_app.verifiers import VERIFIERS, Verdict, Verifier
+from tests.robust_app.refusals import assert_refused
 
 QUICK = ("--epochs", "2", "--set", "batch_size=400", "--set", "pgd_steps=2")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -40,15 +41,6 @@ def template(tmp_path_factory):
 def finished_run(template, tmp_path):
     """A directory with a short, complete run."""
     return Path(shutil.copytree(template, tmp_path / "run"))
-
-
-def assert_refused(outcome, *words):
-    """Status 2 and one line on standard error that holds the words."""
-    status, _, err = outcome
-    assert status == 2, err
-    assert err.count("\n") == 1, err
-    for word in words:
-        assert str(word) in err
 
 
 def test_a_run_leaves_the_files_of_the_contract(finished_run):

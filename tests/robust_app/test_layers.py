@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from robust_app.layers import Normalize, Residual
+from robust_app.layers import ElementwiseAffine, Normalize, Residual
 
 
 def test_normalize_uses_the_mean_and_std_of_each_channel():
@@ -49,3 +49,8 @@ def test_residual_adds_the_identity_by_default():
 def test_residual_adds_the_shortcut_given():
     output = Residual(nn.ReLU(), shortcut=nn.Tanh())(torch.tensor([2.0, -1.0]))
     torch.testing.assert_close(output, torch.tensor([2 + math.tanh(2), math.tanh(-1)]))
+
+
+def test_elementwise_affine_refuses_shapes_that_differ():
+    with pytest.raises(ValueError, match=r"\(2,\) and \(1,\)"):
+        ElementwiseAffine(torch.ones(2), torch.ones(1))

@@ -6,7 +6,7 @@ from torch import nn
 
 from robust_app.batch_norm import BatchNorm, clean_statistics
 from robust_app.layer_rules import UnsupportedLayer
-from robust_app.layers import Normalize, Residual
+from robust_app.layers import ElementwiseAffine, Normalize, Residual
 from robust_app.pullback import LinearBound, inner_products, pull_back, pull_back_affine
 
 VECTOR, IMAGE = (6,), (2, 5, 4)
@@ -37,6 +37,7 @@ AFFINE = {
     "conv circular": (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), IMAGE),
     "conv reflect": (nn.Conv2d(2, 2, 3, padding=2, padding_mode="reflect"), IMAGE),
     "normalize": (Normalize([0.3, -0.5], [0.5, 2.0]), IMAGE),
+    "elementwise": (ElementwiseAffine(*torch.randn(2, *IMAGE)), IMAGE),
     "identity": (nn.Identity(), IMAGE),
     "flatten": (nn.Flatten(), IMAGE),
     "unflatten": (nn.Unflatten(1, (2, 3)), VECTOR),

@@ -21,6 +21,7 @@ from robust_app.reproduction import paper, plan
 from robust_app.reproduction.plan import Settings
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
+from tests.robust_app.refusals import assert_refused
 
 ONE_ROW = ("--models", "table-f-a", "--methods", "crown-ibp", "--epsilons", "0.2")
 TINY = ("--epochs-scale", "0.01")  # 2 epochs of one step
@@ -93,13 +94,6 @@ def states(out):
         for file in out.glob("*/*")
         if file.name != ".lock"
     }
-
-
-def assert_refused(outcome, *words):
-    status, _, err = outcome
-    assert status == 2, err
-    assert err.count("\n") == 1, err
-    assert all(word in err for word in words), err
 
 
 def test_a_row_is_trained_evaluated_and_written(template):

@@ -1,0 +1,113 @@
+"""The command ``robust-app evaluate``."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from robust_app import data, distributed, reporting, runner, verifiers
+from robust_app.errors import UserError
+from robust_app.exchange import outside
+from robust_app.options import DataRoot, Device, Download, VerifierNames
+from robust_app.run_directory import RunDirectory
+from robust_app.session import Examination
+
+OF_OUTSIDE = "Of a network from elsewhere: "
+
+
+def evaluate(
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN_DIR|FILE.onnx]", help="A run, or a network from elsewhere."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py:FUNCTION", help="A network from elsewhere, in Python."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The state_dict of --model, written by torch.save.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help=f"{OF_OUTSIDE}a name from `robust-app datasets`.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help=f"{OF_OUTSIDE}a JSON file for the results.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Radius in pixels of [0, 1]; a run's by default.")
+    ] = None,
+    verifier: VerifierNames = None,
+    pgd_steps: Annotated[
+        int | None, typer.Option(min=1, help="A run's by default, else 200.")
+    ] = None,
+    pgd_restarts: Annotated[
+        int | None, typer.Option(min=1, help="A run's by default, else 1.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="As many test images at random, not all.")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(min=0, help="Seconds for an image, of the verifier exact.")
+    ] = 60.0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    device: Device = "auto",
+) -> None:
+    """Standard, PGD and verified errors on the test images.
+
+    Of a run's best and last network, or of a network from elsewhere.
+    """
+    given: dict[str, Any] = {
+        "epsilon": epsilon,
+        "pgd_steps": pgd_steps,
+        "pgd_restarts": pgd_restarts,
+        "verifiers": None if verifier is None else verifiers.parse(verifier),
+        "time_limit": time_limit,
+        "images": images,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    if (target is None) == (model is None):
+        raise UserError("evaluate: give one of RUN_DIR, FILE.onnx and --model FILE.py:FUNCTION")
+    with distributed.join(device) as world:
+        if not world.leads:
+            return
+        if target is not None and target.suffix != ".onnx":
+            for option, value in (("weights", weights), ("dataset", dataset), ("output", output)):
+                if value is not None:
+                    raise UserError(f"--{option}: a run has its own; for a FILE.onnx or --model")
+            _evaluate_run(RunDirectory(target), changes, data_root, download, world.device)
+            return
+        if dataset is None or epsilon is None:
+            raise UserError("evaluate: a network from elsewhere needs --dataset and --epsilon")
+        if target is not None and weights is not None:
+            raise UserError("--weights: of --model; a FILE.onnx has its own")
+        images_of = data.load(dataset, data_root, download)
+        network = (
+            outside.from_file(target, images_of)
+            if target is not None
+            else outside.from_function(str(model), weights, images_of)
+        )
+        runner.evaluate_outside(
+            str(target or model),
+            network.to(world.device),
+            images_of.to(world.device),
+            reporting.console(),
+            Examination(**{"pgd_steps": 200, "pgd_restarts": 1} | changes),
+            output,
+        )
+
+
+def _evaluate_run(
+    directory: RunDirectory,
+    changes: dict[str, Any],
+    data_root: Path | None,
+    download: bool,
+    device: torch.device,
+) -> None:
+    config = directory.config()
+    how = dataclasses.replace(Examination.of(config), **changes)
+    dataset = data.load(config.dataset, data_root or directory.data_root(), download)
+    with directory.locked():
+        runner.evaluate(directory, dataset.to(device), reporting.console(), how, config.seed)

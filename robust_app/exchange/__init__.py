@@ -1,0 +1,1 @@
+"""Networks and properties in the formats of others: ONNX and VNN-LIB."""

@@ -1,0 +1,82 @@
+"""The command ``robust-app export``."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robust_app import data, reporting, session, verifiers
+from robust_app.data import Dataset
+from robust_app.errors import UserError, unknown
+from robust_app.exchange.export import export as write
+from robust_app.options import DataRoot, Download, VerifierNames
+from robust_app.run_directory import RunDirectory
+from robust_app.session import Examination
+
+NETWORKS = ("best", "last")
+
+
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    network: Annotated[str, typer.Option(help="best or last.")] = "best",
+    out: Annotated[
+        Path | None, typer.Option(help="A folder to make; RUN_DIR/export by default.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="As many test images as evaluate would draw; 10.")
+    ] = None,
+    indices: Annotated[
+        str | None, typer.Option(metavar="I[,I…]", help="These test images, counted from 0.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Radius in pixels of [0, 1]; the run's by default.")
+    ] = None,
+    verifier: VerifierNames = None,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds for a property, of others and of exact.")
+    ] = 60.0,
+    data_root: DataRoot = None,
+    download: Download = False,
+) -> None:
+    """Write a run's network as ONNX, and the robustness of test images as VNN-LIB properties."""
+    if network not in NETWORKS:
+        raise unknown("--network", network, NETWORKS)
+    directory = RunDirectory(run_dir)
+    config = directory.config()
+    how = dataclasses.replace(Examination.of(config), time_limit=timeout)
+    if epsilon is not None:
+        how = dataclasses.replace(how, epsilon=epsilon)
+    if verifier is not None:
+        how = dataclasses.replace(how, verifiers=verifiers.parse(verifier))
+    dataset = data.load(config.dataset, data_root or directory.data_root(), download)
+    chosen = _chosen(dataset, images, indices, config.seed)
+    loaded, epoch = session.load_network(directory, dataset, network)
+    folder = out or run_dir / "export"
+    console = reporting.console()
+    with reporting.evaluating(console, "properties", len(chosen)) as on_image:
+        parity, verdicts = write(loaded, dataset, chosen, how, config.seed, folder, on_image)
+    found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    console.print(
+        f"{network} network (epoch {epoch}): logits by ONNX Runtime and by torch differ by up to "
+        f"{parity.difference:.2g}; rounding explains {parity.tolerance:.2g}\n"
+        f"{len(chosen)} properties at ε = {how.epsilon:.4g}: {found} "
+        f"by PGD and {', '.join(how.verifiers)}\n"
+        f"written to {folder}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _chosen(dataset: Dataset, count: int | None, text: str | None, seed: int) -> list[int]:
+    """Indices of test images."""
+    if text is None:
+        return session.drawn(dataset, 10 if count is None else count, seed).tolist()
+    if count is not None:
+        raise UserError("--indices: give these or --images, not both")
+    last = len(dataset.x_test) - 1
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) > last:
+            raise UserError(f"--indices: expected integers from 0 to {last}, found {part!r}")
+    return list(dict.fromkeys(map(int, text.split(","))))

@@ -1,0 +1,132 @@
+"""An ONNX model as a chain of layers that attacks and bounds know."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_app.errors import UserError
+from robust_app.exchange import packages
+from robust_app.exchange.operators import LAYERS, Node
+from robust_app.layers import ElementwiseAffine
+
+Constants = dict[str, Any]
+"""Arrays by name."""
+
+
+def from_onnx(model: Any, image_shape: tuple[int, ...]) -> nn.Sequential:
+    """The layers of an ``onnx.ModelProto``, in float32 and evaluation mode.
+
+    Args:
+        model: a chain of operators of :data:`~robust_app.exchange.operators.LAYERS`, each on the
+            output of the one before; what depends on constants and shapes alone is computed now.
+        image_shape: of the images that it is to take, ``(C, H, W)``. The model's own input may
+            be flat, or have more or fewer dimensions of 1.
+
+    Raises:
+        UserError: the model is no such chain, or is for images of another shape.
+    """
+    graph, to_array = model.graph, packages.onnx().numpy_helper.to_array
+    constants = {value.name: to_array(value) for value in graph.initializer}
+    last, shape = _input(graph, constants)
+    layers = _to_shape(image_shape, shape)
+    for proto in graph.node:
+        known = constants
+        if proto.op_type == "Shape":  # of a batch of one: what reshapes leaves the batch open
+            known = constants | {last: torch.empty(1, *shape).numpy()}
+        if known.keys() >= set(filter(None, proto.input)):
+            constants |= _computed(model, proto, known)
+            continue
+        node = _node(proto, last, shape, constants)
+        if node.operator not in LAYERS:
+            raise UserError(f"operator {node.operator}: no layer here computes it")
+        layer = LAYERS[node.operator](node)
+        shape = _output_shape(node, layer)
+        _append(layers, layer)
+        last = proto.output[0]
+    outputs = [value.name for value in graph.output]
+    if outputs != [last]:
+        raise UserError(f"expected one output, of the last operator, found {', '.join(outputs)}")
+    return nn.Sequential(*layers).eval()
+
+
+def _input(graph: Any, constants: Constants) -> tuple[str, tuple[int, ...]]:
+    """The name of the image, and its shape without the batch dimension."""
+    inputs = [value for value in graph.input if value.name not in constants]
+    if len(inputs) != 1:
+        raise UserError(f"expected one input, found {len(inputs)}")
+    dimensions = inputs[0].type.tensor_type.shape.dim
+    shape = tuple(dimension.dim_value for dimension in dimensions[1:])
+    if not shape or 0 in shape:  # 0 stands for a size that is left open
+        found = tuple(dimension.dim_param or dimension.dim_value for dimension in dimensions)
+        raise UserError(f"expected an input of batch and image of known size, found {found}")
+    return inputs[0].name, shape
+
+
+def _to_shape(image_shape: tuple[int, ...], shape: tuple[int, ...]) -> list[nn.Module]:
+    """Layers that give images the shape of the model's input."""
+    if shape == image_shape:
+        return []
+    sizes = [size for size in shape if size > 1]
+    pixels = torch.Size(image_shape).numel()
+    # Else the order of the dimensions may be another.
+    if sizes not in ([size for size in image_shape if size > 1], [pixels]):
+        raise UserError(f"takes images of shape {shape}, those of the data set have {image_shape}")
+    return [nn.Flatten(), nn.Unflatten(1, shape)] if len(shape) > 1 else [nn.Flatten()]
+
+
+def _computed(model: Any, proto: Any, constants: Constants) -> Constants:
+    """The outputs of an operator on constants."""
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
+    evaluator = packages.onnx().reference.ReferenceEvaluator(proto, opsets=opsets)
+    outputs = evaluator.run(None, {name: constants[name] for name in proto.input if name})
+    return dict(zip(proto.output, outputs, strict=True))
+
+
+def _node(proto: Any, last: str, shape: tuple[int, ...], constants: Constants) -> Node:
+    places = [i for i, name in enumerate(proto.input) if name and name not in constants]
+    if [proto.input[place] for place in places] != [last]:
+        raise UserError(
+            f"operator {proto.op_type}: expected a chain, each operator on the output of the one "
+            f"before and on constants, found the inputs {', '.join(proto.input)}"
+        )
+    value = packages.onnx().helper.get_attribute_value
+    return Node(
+        proto.op_type if not proto.domain else f"{proto.domain}.{proto.op_type}",
+        tuple(_tensor(constants[name]) if name in constants else None for name in proto.input),
+        places[0],
+        shape,
+        {attribute.name: value(attribute) for attribute in proto.attribute},
+    )
+
+
+def _tensor(array: Any) -> Tensor:
+    tensor = torch.tensor(array)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _output_shape(node: Node, layer: nn.Module) -> tuple[int, ...]:
+    try:
+        with torch.no_grad():
+            return tuple(layer.eval()(torch.zeros(1, *node.shape)).shape[1:])
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise node.refused(f"does not fit its input of shape {node.shape} ({reason})") from error
+
+
+def _append(layers: list[nn.Module], layer: nn.Module) -> None:
+    """Add a layer; what scales and shifts the outputs of a Linear becomes one with it.
+
+    The last Linear with its bias is what margins are merged with.
+    """
+    before = layers[-1] if layers else None
+    if (
+        isinstance(before, nn.Linear)
+        and isinstance(layer, ElementwiseAffine)
+        and layer.scale.ndim == 1
+    ):
+        shift = layer.shift if before.bias is None else layer(before.bias)
+        before.weight = nn.Parameter(layer.scale.unsqueeze(1) * before.weight)
+        before.bias = nn.Parameter(shift.detach())
+    else:
+        layers.append(layer)
