@@ -17,9 +17,12 @@ Holders = tuple["ProcessGroup", ...]
 """Groups of processes that divide entries among them, one for each time these are divided."""
 
 
+PLAIN = {Tensor, torch.nn.Parameter}  # asked of every tensor at every step: saves the look-up
+
+
 def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
     """Whether a tensor is a DTensor; importing the class, to ask by it, would take seconds."""
-    return hasattr(tensor, "to_local")
+    return type(tensor) not in PLAIN and hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
