@@ -51,11 +51,10 @@ def test_exact_verdicts_are_confirmed(verifier, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verifier", VERIFIERS)
-def test_verdicts_of_a_robust_network_are_contradicted_by_none(verifier, robust_app, tmp_path):
-    assert robust_app("train", "--run-dir", "run")[0] == 0
-    assert robust_app("export", "run", "--images", "30", "--out", "out")[0] == 0
-    counts = counted(verifier, tmp_path / "out")
-    assert not CONTRADICTIONS & counts.keys()
+@pytest.mark.skipif(not command("vibecheck"), reason="vibecheck is not installed")
+def test_certificates_of_a_convolutional_network_are_confirmed(robust_app, tmp_path):
+    assert robust_app("train", "--epochs", "20", "--run-dir", "run")[0] == 0
+    assert robust_app("export", "run", "--images", "4", "--timeout", "120", "--out", "out")[0] == 0
+    counts = counted("vibecheck", tmp_path / "out")
     assert counts[BOTH_CERTIFY] >= 1
-    assert counts[BOTH_FALSIFY] >= 1
+    assert not CONTRADICTIONS & counts.keys()
