@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from mogd.rules import Rule, Weighting, conflicting, constants, seen_any
 def bisector(gramian: Tensor, norms: Tensor, preference: Sequence[float] | None = None) -> Tensor:
     """Weights of the step along d = Σₖ pₖ mₖ/vₖ, as long as the mean projection of the mₖ on it.
 
-    κₖ = γ pₖ/vₖ with γ = ⟨Σₖ mₖ/K, d⟩ / ‖d‖². With equal pₖ, d is the bisector, and for two losses
-    this is the paper's Algorithm 1, lines 13-14.
+    κₖ = γ pₖ/vₖ with γ = ⟨Σₖ mₖ/K, d⟩ / ‖d‖². With equal pₖ, d is the sum of the normalised
+    moments; for two losses their bisector: the paper's Algorithm 1, lines 13-14.
 
     Args:
         gramian: inner products of the moments, shape ``(K, K)``.
@@ -40,10 +40,10 @@ def projection(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
     """Weights of the favoured gradient with its part in the span of those against it removed.
 
     κᵢ = 1 for the favoured loss i, and κ_C = -V⁻¹ R⁻¹ V⁻¹ ⟨m_C, mᵢ⟩ for the losses C that conflict
-    with it, where V holds their vₖ and R the cosines between their moments, each length taken as
-    the larger one of vₖ and ‖mₖ‖; 0 for all others. Where vₖ = ‖mₖ‖ this projects mᵢ onto the
-    orthogonal complement of C. With one loss in C, R = 1 and κⱼ = -⟨mᵢ, mⱼ⟩/vⱼ²: the paper's
-    Algorithm 1, lines 17 and 19.
+    with it, where V holds their lengths and R the cosines between their moments; 0 for all others.
+    A length is vₖ, and of more than two losses at least ‖mₖ‖. Where it is ‖mₖ‖, this projects mᵢ
+    onto the orthogonal complement of C. For two losses κⱼ = -⟨mᵢ, mⱼ⟩/vⱼ²: the paper's Algorithm 1,
+    lines 17 and 19.
 
     Args:
         gramian: inner products of the moments, shape ``(K, K)``.
@@ -56,16 +56,17 @@ def projection(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
     favoured = torch.arange(len(norms), device=norms.device) == prioritized
     onto_favoured = gramian.index_select(0, prioritized.reshape(1)).squeeze(0)  # ⟨mᵢ, mₖ⟩
     against = (onto_favoured <= 0) & ~favoured  # C
+    if len(norms) > 2:
+        norms = torch.maximum(norms, gramian.diagonal().sqrt())
     # Divided twice, not by the square: vⱼ² leaves the range of floats before the quotient does.
-    span = torch.where(against, onto_favoured / norms, 0.0)
+    span = _or_0(torch.where(against, onto_favoured / norms, 0.0), norms)
     if len(norms) > 2:  # of two losses, one at most is against the other
-        span = solve(_cosines(gramian, norms, against), _or_0(span, norms))
+        span = solve(_cosines(gramian, norms, against), span)
     return _or_0(-span / norms, norms).masked_fill(favoured, 1.0)
 
 
-def _cosines(gramian: Tensor, norms: Tensor, among: Tensor) -> Tensor:
+def _cosines(gramian: Tensor, lengths: Tensor, among: Tensor) -> Tensor:
     """R of some of the moments; the others, and those that are 0, are orthogonal to all."""
-    lengths = torch.maximum(norms, gramian.diagonal().sqrt())
     cosines = _or_0(_or_0(gramian / lengths, lengths) / lengths[:, None], lengths[:, None])
     return torch.where(among & among[:, None], cosines, 0.0).fill_diagonal_(1.0)
 
@@ -74,9 +75,9 @@ def _cosines(gramian: Tensor, norms: Tensor, among: Tensor) -> Tensor:
 class BisectorProjection(Rule):
     """The paper's rule: the bisector where moments agree, a projection where any two conflict.
 
-    For two losses it is the paper's to the bit. For more, the same words are taken at their
-    meaning: without conflict, the bisector of all; with a conflict between any two, the favoured
-    gradient projected off the span of those that conflict with it, and no other.
+    For two losses it is the paper's to the bit. For more: without conflict, the sum of all
+    normalised gradients; with a conflict between any two, the favoured gradient projected off the
+    span of those that conflict with it, and no other.
 
     Args:
         regularization: κ_reg ≥ 0, the weight of the favoured loss's square while there is a
@@ -96,11 +97,15 @@ class BisectorProjection(Rule):
 
     What it guarantees of the step u = Σₖ κₖ mₖ along the moments, for each K:
 
-    - in agreement, ⟨mₖ, u⟩ > 0 for every k;
-    - in conflict with i favoured, ⟨mᵢ, u⟩ ≥ 0 wherever no vₖ is below ‖mₖ‖; and with
-      ``"norm_of_mean"``, ⟨mⱼ, u⟩ = 0 for every j against i (to 1e-3 of both lengths where moments
-      nearly depend on each other). For K = 2 that is all of them. For more, nothing is
-      promised of the losses that agree with i: what is removed may have been their part of it.
+    - in agreement, ⟨mₖ, u⟩ > 0 for every k that has had a gradient;
+    - in conflict with i favoured, ⟨mᵢ, u⟩ ≥ 0; of two losses only where v of the other is no less
+      than ‖m‖, which fails while its gradients grow fast;
+    - with ``"norm_of_mean"`` also ⟨mⱼ, u⟩ = 0 for every j against i, or within a tenth of both
+      lengths where its moment is within 6° of the span of those before it.
+
+    For K = 2 these are both losses. For more, nothing is promised of the losses that agree with i,
+    for what is removed may have been their part of it; and weights may be negative, and several
+    times the ratio of two lengths where moments against i are nearly parallel.
 
     Where ⟨m₁, m₂⟩ → 0⁺ (two unit moments) the weights tend to (½, ½); at 0 they jump to the unit
     vector of the favoured loss, so the step jumps by ‖m₁ - m₂‖/2.
@@ -113,7 +118,7 @@ class BisectorProjection(Rule):
     length: Literal["mean_norm", "norm_of_mean"] = "mean_norm"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.regularization < float("inf"):
+        if not _is_number(self.regularization) or not 0.0 <= self.regularization < float("inf"):
             raise ValueError(
                 f"regularization must be finite and at least 0, got {self.regularization!r}"
             )
@@ -156,8 +161,12 @@ class BisectorProjection(Rule):
         )
 
 
-def _is_positive(number: object) -> bool:
-    return isinstance(number, int | float) and 0.0 < number < float("inf")
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and 0.0 < value < float("inf")
 
 
 def _or_0(quotient: Tensor, denominator: Tensor) -> Tensor:

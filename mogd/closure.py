@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -52,3 +52,16 @@ def reevaluation(
         return float(value(torch.stack(losses)))
 
     return objective
+
+
+def check_gradient(parameters: Iterable[Tensor]) -> None:
+    """Check that a closure which returned None has left a gradient: else it has lost its losses.
+
+    Raises:
+        TypeError: if no parameter has one.
+    """
+    if all(parameter.grad is None for parameter in parameters):
+        raise TypeError(
+            "closure must return the losses, or None after a backward(); "
+            "got None and there is no gradient"
+        )

@@ -3,20 +3,20 @@
 import torch
 from torch import Tensor
 
-# Below this squared sine a moment is taken to lie in the span of those before it: the entries of
-# moments in float32 are known to 6e-8.
-DEPENDENT = 1e-6
+# Below this squared sine, an angle of 6°, a moment is taken to lie in the span of those before it.
+# To tell them apart would take large weights of both signs, which noise does not bear.
+DEPENDENT = 1e-2
 
 
 def solve(cosines: Tensor, right: Tensor) -> Tensor:
     """y with R y = r for the cosines R between K vectors, by Gauss-Jordan elimination.
 
-    A vector whose squared sine to the span of those before it is below 1e-6 gets 0, as do zero
-    rows; so of dependent vectors the first ones carry the solution, and none is ever divided by 0.
+    A vector whose squared sine to the span of those before it is below 0.01 gets 0: of vectors that
+    nearly depend on each other the first ones carry the solution, and it stays bounded.
 
     Args:
         cosines: R, symmetric positive semidefinite with ones on the diagonal, shape ``(K, K)``.
-        right: r, in the range of R, shape ``(K,)``.
+        right: r, inner products of one vector with these, shape ``(K,)``.
 
     Returns:
         y, shape ``(K,)``.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from mogd import parallel
 from mogd.bisector_projection import BisectorProjection
-from mogd.closure import needs_closure, reevaluation
+from mogd.closure import check_gradient, needs_closure, reevaluation
 from mogd.gradients import LossGradients, combine, known_number
 from mogd.moments import Moments, norm
 from mogd.nonfinite import Guard, largest_number
@@ -213,10 +213,14 @@ class UnbiasedMultiGradient(Wrapper):
         """
         record = None
         if closure is not None:
+            before, self._pending = self._pending, None
             with torch.enable_grad():
                 losses = closure()
-                if losses is not None:
-                    self.zero_grad()
+                if losses is None:
+                    self._pending = self._pending or before
+                else:  # the closure may have gathered micro-batches, which zero_grad would drop
+                    self._keep = True
+                    super().zero_grad()
                     record = self.backward(losses)
         if self._pending is not None:
             raise RuntimeError(
@@ -224,13 +228,13 @@ class UnbiasedMultiGradient(Wrapper):
                 "the last backward() before step() belongs outside accumulate()"
             )
         if closure is not None and record is None and self._keep is True:
-            self._check_gradient()
+            check_gradient(self._parameters())
         objective = None
         if needs_closure(type(self.base).step):
             if closure is None or record is None:
                 raise TypeError(
                     f"{type(self.base).__name__} evaluates the losses several times a step: "
-                    "call step(closure)"
+                    "call step(closure) with a closure that returns them"
                 )
             average = parallel.average if self.distributed else torch.clone
             objective = reevaluation(self.base, closure, record, average)
@@ -243,14 +247,6 @@ class UnbiasedMultiGradient(Wrapper):
         self = self._itself()
         self._pending, self._keep = None, True
         super().zero_grad(set_to_none)
-
-    def _check_gradient(self) -> None:
-        """A closure that returned None must have left a gradient: else it has lost its losses."""
-        if all(parameter.grad is None for parameter in self._parameters()):
-            raise TypeError(
-                "closure must return the losses, or None after a backward(); "
-                "got None and there is no gradient"
-            )
 
     def _added_state(self) -> dict[str, Any]:
         moments = self._moments

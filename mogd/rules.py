@@ -42,21 +42,25 @@ class Rule(ABC):
 
 
 def conflicting(gramian: Tensor, norms: Tensor) -> Tensor:
-    """Whether two moments disagree: ⟨mⱼ, mₖ⟩ ≤ 0 for a pair j ≠ k, once there is a gradient.
+    """Whether moments disagree: ⟨m₁, m₂⟩ ≤ 0 of two, ⟨mⱼ, mₖ⟩ < 0 for a pair of more.
+
+    Of two, orthogonal ones disagree, as in the paper. Of more, a loss that has no gradient, or that
+    shares no parameter with the others, is no reason to favour one.
 
     Args:
         gramian: inner products of the moments, shape ``(K, K)``.
         norms: moments of the norms, shape ``(K,)``; all 0 before any gradient.
 
     Returns:
-        0-dim bool tensor.
+        0-dim bool tensor; False before any gradient.
 
-    Source: paper, Algorithm 1, line 12.
+    Source: paper, Algorithm 1, line 12; more than two losses are our own.
 
     >>> conflicting(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), torch.ones(2))
     tensor(True)
     """
-    return (gramian <= 0).triu(diagonal=1).any() & seen_any(norms)
+    opposed = gramian <= 0 if norms.numel() == 2 else gramian < 0
+    return opposed.triu(diagonal=1).any() & seen_any(norms)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,32 @@ def test_micro_batches_equal_the_whole_batch(favoured, parts, kind):
     assert conflicts > 0
 
 
+def test_a_closure_may_gather_micro_batches_before_it_returns_the_last_losses():
+    whole, split = model(), model()
+    of_whole = UnbiasedMultiGradient(**options(whole, 1))
+    of_split = UnbiasedMultiGradient(**options(split, 1))
+    for x, y in batches():
+
+        def closure(x=x, y=y):
+            *inner, last = zip(x.chunk(3), y.chunk(3), strict=True)
+            with of_split.accumulate():
+                for micro in inner:
+                    of_split.backward(objectives(split, *micro, 3))
+            return objectives(split, *last, 3)
+
+        of_whole.step(lambda x=x, y=y: objectives(whole, x, y))
+        of_split.step(closure)
+        assert_close(snapshot(of_split), snapshot(of_whole))
+
+
+def test_what_was_gathered_before_a_closure_is_dropped_as_by_zero_grad():
+    p, optimizer = accumulated(AGREEING)
+    same_p, same = optimizer_after(CONFLICTING)
+    for of, q in ((optimizer, p), (same, same_p)):
+        of.step(lambda q=q: [linear(q, g) for g in AGREEING])
+    assert_same_bits(snapshot(optimizer), snapshot(same))
+
+
 def accumulated(*micro_batches, **options):
     """An optimizer after a conflict, with micro-batches that were not yet combined."""
     p, optimizer = optimizer_after(CONFLICTING, **options)

@@ -116,7 +116,7 @@ def test_the_step_jumps_where_agreement_ends(favoured, a, b):
         assert_close(jump.norm(), (after[0] - after[1]).norm() / 2)
 
 
-def test_the_weights_never_jump_within_agreement_or_within_conflict():
+def test_two_weights_never_jump_within_agreement_or_within_conflict():
     angles = torch.linspace(0.01, math.pi / 2 - 0.01, 200, dtype=torch.float64)
     for offset in (0.0, math.pi / 2):
         weights = torch.stack(
@@ -254,7 +254,7 @@ def test_no_preference_makes_a_weight_infinite(preference, scale):
 
 @pytest.mark.parametrize(
     "preference",
-    [(1.0,), (), (0.0, 1.0), (-1.0, 1.0), (math.inf, 1.0), (math.nan, 1), 1.0, "12"],
+    [(1.0,), (), (0.0, 1.0), (-1.0, 1.0), (math.inf, 1.0), (math.nan, 1), (1, True), 1.0, "12"],
 )
 def test_a_bad_preference_is_refused(preference):
     with pytest.raises(ValueError, match=r"preference must be a finite number above 0 for each"):
@@ -282,7 +282,7 @@ def test_an_unknown_length_is_refused():
         BisectorProjection(length="m")
 
 
-@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, None, True])
 def test_a_bad_regularisation_is_refused(value):
     with pytest.raises(ValueError, match=rf"regularization must be finite .* got {value}"):
         BisectorProjection(regularization=value)

@@ -82,9 +82,9 @@ def leave_gradients(monkeypatch, parameters) -> None:
     monkeypatch.setattr(torch.autograd, "backward", gradients)
 
 
-def losses(parameters):
-    yield parameters[0].square().sum() + parameters[1].sum()
-    yield parameters[1].square().sum()
+def losses(parameters, number=2):
+    for index in range(number):
+        yield parameters[0].square().sum() + index * parameters[1].sum()
 
 
 def optimizer_of(parameters, base=torch.optim.Adam, **options) -> UnbiasedMultiGradient:
@@ -103,18 +103,20 @@ def test_reading_a_fake_value_raises(parameters):
 
 
 @pytest.mark.parametrize("priority", PRIORITIES)
-@pytest.mark.parametrize("rule", RULES)
-def test_backward_and_step_do_not_wait(parameters, rule, priority):
+@pytest.mark.parametrize(
+    ("rule", "number"), [*((rule, 2) for rule in RULES), (BisectorProjection(), 3)]
+)
+def test_backward_and_step_do_not_wait(parameters, rule, number, priority):
     optimizer = optimizer_of(parameters, rule=rule, priority=priority)
     with Waits() as waits:
         for _ in range(3):
             optimizer.zero_grad()
             with optimizer.accumulate():
-                optimizer.backward(losses(parameters))
-            optimizer.backward(losses(parameters))
+                optimizer.backward(losses(parameters, number))
+            optimizer.backward(losses(parameters, number))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            optimizer.step(lambda: losses(parameters))
+            optimizer.step(lambda: losses(parameters, number))
     assert waits.found == []
     assert {tensor.device.type for tensor in vars(optimizer.last).values()} == {"cuda"}
 

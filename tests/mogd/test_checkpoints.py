@@ -175,7 +175,7 @@ def test_get_optimizer_state_dict_leaves_the_moments_out():
 
 
 def test_a_state_of_flat_moments_without_an_order_still_loads():
-    """As mogd 0.1.0 saved it."""
+    """As mogd saved them before it could shard them."""
     run, again = Run().train(range(3)), Run()
     state = copy.deepcopy(run.optimizer.state_dict())
     del state["moments"]["order"]

@@ -19,7 +19,8 @@ from mogd.rules import conflicting
         (doubles([0, 0], [0, 0]), False),
         (doubles([1, 0], [1, 1], [1, 2]), False),
         (doubles([1, 0], [1, 1], [-1, 3]), True),
-        (doubles([1, 0], [0, 0], [1, 1]), True),
+        (doubles([1, 0], [0, 0], [1, 1]), False),
+        (doubles([1, 0, 0], [1, 1, 0], [0, 0, 1]), False),
         (doubles([1, 0]), False),
     ],
 )
