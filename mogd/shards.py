@@ -17,17 +17,17 @@ Holders = tuple["ProcessGroup", ...]
 """Groups of processes that divide entries among them, one for each time these are divided."""
 
 
-PLAIN = {Tensor, torch.nn.Parameter}  # asked of every tensor at every step: saves the look-up
+_PLAIN = {Tensor, torch.nn.Parameter}  # asked of every tensor at every step: saves the look-up
 
 
-def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
+def is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:
     """Whether a tensor is a DTensor; importing the class, to ask by it, would take seconds."""
-    return type(tensor) not in PLAIN and hasattr(tensor, "to_local")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
     """The entries that this process holds, in the same memory; all of a plain tensor."""
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
         return tensor.to_local()
@@ -35,7 +35,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def holders(tensor: Tensor) -> Holders:
     """Whom to add up with; nobody for a plain tensor, or where entries are replicated."""
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return ()
     return tuple(
         tensor.device_mesh.get_group(dimension)
@@ -46,7 +46,7 @@ def holders(tensor: Tensor) -> Holders:
 
 def placed_as(parameter: Tensor, gradient: Tensor) -> Tensor:
     """The gradient divided as its parameter is: one that is still to be added up, added up."""
-    if not is_sharded(gradient) or not is_sharded(parameter):
+    if not is_dtensor(gradient) or not is_dtensor(parameter):
         return gradient
     if gradient.placements == parameter.placements:
         return gradient
@@ -99,7 +99,7 @@ def stacked(rows: Tensor, parameter: Tensor) -> Tensor:
         Shape :func:`stacked_shape`; a DTensor if the parameter is one, else a view.
     """
     view = rows.view(stacked_shape(local(parameter), len(rows)))
-    if not is_sharded(parameter):
+    if not is_dtensor(parameter):
         return view
     from torch.distributed.tensor import DTensor
 
@@ -116,8 +116,8 @@ def stacked(rows: Tensor, parameter: Tensor) -> Tensor:
 
 def is_divided_as(stack: Tensor, parameter: Tensor) -> bool:
     """Whether a tensor is divided over processes as :func:`stacked` would divide it."""
-    if not is_sharded(parameter) or not is_sharded(stack):
-        return is_sharded(parameter) == is_sharded(stack)
+    if not is_dtensor(parameter) or not is_dtensor(stack):
+        return is_dtensor(parameter) == is_dtensor(stack)
     same_mesh = stack.device_mesh == parameter.device_mesh
     return same_mesh and list(stack.placements) == [*map(_one_later, parameter.placements)]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed
 from processes import reports
-from test_parallel import batch, objectives, train, whole
+from test_parallel import batch, forwards_first, objectives, one_forward, train, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,7 +20,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 
 from mogd import UnbiasedMultiGradient, parallel
 from mogd.moments import norm
-from mogd.shards import is_divided_as, is_sharded, local, stacked
+from mogd.shards import is_divided_as, is_dtensor, local, stacked
 
 
 class Network(nn.Module):
@@ -65,8 +65,8 @@ def mixed(model: nn.Module) -> nn.Module:
 def plain_apart(model: nn.Module) -> list[dict[str, Any]]:
     """Groups of sharded and of whole parameters; torch's fast kernels take no lists of both."""
     parameters = list(model.parameters())
-    plain = [parameter for parameter in parameters if not is_sharded(parameter)]
-    return [{"params": [p for p in parameters if is_sharded(p)]}, {"params": plain}]
+    plain = [parameter for parameter in parameters if not is_dtensor(parameter)]
+    return [{"params": [p for p in parameters if is_dtensor(p)]}, {"params": plain}]
 
 
 def hybrid(model: nn.Module) -> nn.Module:
@@ -74,15 +74,6 @@ def hybrid(model: nn.Module) -> nn.Module:
     shape = 2, torch.distributed.get_world_size() // 2
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
     return fully_shard(model, mesh=mesh)
-
-
-def one_forward(model: nn.Module, x: Tensor) -> list[Tensor]:
-    y = model(x)
-    return [(y - x[:, :2]).square().mean(), (y + 2 * x[:, :2]).square().mean()]
-
-
-def forwards_first(model: nn.Module, x: Tensor) -> list[Tensor]:
-    return list(objectives(model, x))
 
 
 def agreeing(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
