@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from mogd.elimination import solve
-from mogd.rules import Rule, Weighting, conflicting, constants, seen_any
+from mogd.rules import (
+    Rule,
+    Weighting,
+    against,
+    conflicting,
+    constants,
+    onto_favoured,
+    seen_any,
+)
 
 
 def bisector(gramian: Tensor, norms: Tensor, preference: Sequence[float] | None = None) -> Tensor:
@@ -33,7 +41,9 @@ def bisector(gramian: Tensor, norms: Tensor, preference: Sequence[float] | None 
         scale = scale * constants([one / max(preference) for one in preference], norms)
     onto_direction = gramian @ scale  # ⟨mₖ, d⟩
     square = scale @ onto_direction  # ‖d‖²
-    return _or_0(onto_direction.mean() / square, square) * scale
+    # A loss that would rise along d, where others than the favoured one conflict, does not lengthen
+    # the step, nor turn it round.
+    return _or_0(onto_direction.clamp(min=0.0).mean() / square, square) * scale
 
 
 def projection(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
@@ -54,14 +64,14 @@ def projection(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
     tensor([1.0000, 0.5000])
     """
     favoured = torch.arange(len(norms), device=norms.device) == prioritized
-    onto_favoured = gramian.index_select(0, prioritized.reshape(1)).squeeze(0)  # ⟨mᵢ, mₖ⟩
-    against = (onto_favoured <= 0) & ~favoured  # C
+    opposed = against(gramian, prioritized)  # C
     if len(norms) > 2:
         norms = torch.maximum(norms, gramian.diagonal().sqrt())
     # Divided twice, not by the square: vⱼ² leaves the range of floats before the quotient does.
-    span = _or_0(torch.where(against, onto_favoured / norms, 0.0), norms)
+    products = onto_favoured(gramian, prioritized)
+    span = _or_0(torch.where(opposed, products / norms, 0.0), norms)
     if len(norms) > 2:  # of two losses, one at most is against the other
-        span = solve(_cosines(gramian, norms, against), span)
+        span = solve(_cosines(gramian, norms, opposed), span)
     return _or_0(-span / norms, norms).masked_fill(favoured, 1.0)
 
 
@@ -73,11 +83,11 @@ def _cosines(gramian: Tensor, lengths: Tensor, among: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BisectorProjection(Rule):
-    """The paper's rule: the bisector where moments agree, a projection where any two conflict.
+    """The paper's rule: the bisector where moments agree, a projection where they conflict.
 
-    For two losses it is the paper's to the bit. For more: without conflict, the sum of all
-    normalised gradients; with a conflict between any two, the favoured gradient projected off the
-    span of those that conflict with it, and no other.
+    For two losses it is the paper's to the bit. For more: where none conflicts with the favoured
+    one, the sum of all normalised gradients; else the favoured gradient projected off the span of
+    those that conflict with it, and no other.
 
     Args:
         regularization: κ_reg ≥ 0, the weight of the favoured loss's square while there is a
@@ -97,7 +107,8 @@ class BisectorProjection(Rule):
 
     What it guarantees of the step u = Σₖ κₖ mₖ along the moments, for each K:
 
-    - in agreement, ⟨mₖ, u⟩ > 0 for every k that has had a gradient;
+    - without conflict, ⟨mₖ, u⟩ > 0 for the favoured loss, and for every k if no two conflict (and
+      it has had a gradient);
     - in conflict with i favoured, ⟨mᵢ, u⟩ ≥ 0; of two losses only where v of the other is no less
       than ‖m‖, which fails while its gradients grow fast;
     - with ``"norm_of_mean"`` also ⟨mⱼ, u⟩ = 0 for every j against i, or within a tenth of both
@@ -145,7 +156,7 @@ class BisectorProjection(Rule):
                 f"preference must have a number for each of {losses} losses, "
                 f"got {self.preference!r}"
             )
-        conflict = conflicting(gramian, norms)
+        conflict = conflicting(gramian, norms, prioritized)
         lengths = gramian.diagonal().sqrt() if self.length == "norm_of_mean" else norms
         weights = torch.where(
             conflict,

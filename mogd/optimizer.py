@@ -88,6 +88,12 @@ class UnbiasedMultiGradient(Wrapper):
         pair = isinstance(moment_decay, Sequence) and len(moment_decay) == 2
         if not pair or not all(0.0 <= decay < 1.0 for decay in moment_decay):
             raise ValueError(f"moment_decay must be two numbers in [0, 1), got {moment_decay!r}")
+        if isinstance(params, Optimizer) or isinstance(base, Optimizer):
+            found = type(params if isinstance(params, Optimizer) else base).__name__
+            raise TypeError(
+                "base must be an optimizer's class, its options beside it "
+                f"(model.parameters(), torch.optim.Adam, lr=1e-3), got a made {found}"
+            )
         for name, value in (("base", base), ("rule", rule), ("priority", priority)):
             if not callable(value):
                 raise TypeError(f"{name} must be callable, got {value!r}")

@@ -30,8 +30,11 @@ class Record:
 
     @property
     def conflict(self) -> Tensor:
-        """Whether two moments disagreed (:func:`mogd.rules.conflicting`), 0-dim bool."""
-        return conflicting(self.gramian, self.norms)
+        """Whether any loss's moment conflicted with the favoured one's, 0-dim bool.
+
+        See :func:`mogd.rules.conflicting`.
+        """
+        return conflicting(self.gramian, self.norms, self.prioritized)
 
     @property
     def cosines(self) -> Tensor:

@@ -41,26 +41,48 @@ class Rule(ABC):
         """
 
 
-def conflicting(gramian: Tensor, norms: Tensor) -> Tensor:
-    """Whether moments disagree: ⟨m₁, m₂⟩ ≤ 0 of two, ⟨mⱼ, mₖ⟩ < 0 for a pair of more.
+def onto_favoured(gramian: Tensor, prioritized: Tensor) -> Tensor:
+    """⟨mᵢ, mₖ⟩ of the favoured loss i with each, shape ``(K,)``, without waiting for a GPU."""
+    return torch.where(_indices(gramian) == prioritized, gramian, 0.0).sum(1)
 
-    Of two, orthogonal ones disagree, as in the paper. Of more, a loss that has no gradient, or that
-    shares no parameter with the others, is no reason to favour one.
+
+def against(gramian: Tensor, prioritized: Tensor) -> Tensor:
+    """Which losses j conflict with the favoured one i: ⟨mᵢ, mⱼ⟩ ≤ 0 of two losses, < 0 of more.
+
+    Of two, orthogonal ones conflict, as in the paper. Of more, a loss that has no gradient, or that
+    shares no parameter with the favoured one, is not against it.
+
+    Args:
+        gramian: inner products of the moments, shape ``(K, K)``.
+        prioritized: index i, 0-dim integer tensor.
+
+    Returns:
+        Bool tensor, shape ``(K,)``.
+
+    Source: paper, Algorithm 1, line 12; more than two losses are our own.
+    """
+    products = onto_favoured(gramian, prioritized)
+    opposed = products <= 0 if len(products) == 2 else products < 0
+    return opposed & (_indices(gramian) != prioritized)
+
+
+def conflicting(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
+    """Whether any loss conflicts with the favoured one (:func:`against`), once there is a gradient.
 
     Args:
         gramian: inner products of the moments, shape ``(K, K)``.
         norms: moments of the norms, shape ``(K,)``; all 0 before any gradient.
+        prioritized: index of the favoured loss, 0-dim integer tensor; of two losses it does not
+            count.
 
     Returns:
         0-dim bool tensor; False before any gradient.
 
-    Source: paper, Algorithm 1, line 12; more than two losses are our own.
-
-    >>> conflicting(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), torch.ones(2))
+    >>> moments = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+    >>> conflicting(moments @ moments.T, torch.ones(2), prioritized=torch.tensor(0))
     tensor(True)
     """
-    opposed = gramian <= 0 if norms.numel() == 2 else gramian < 0
-    return opposed.triu(diagonal=1).any() & seen_any(norms)
+    return against(gramian, prioritized).any() & seen_any(norms)
 
 
 @dataclass(frozen=True)
@@ -138,3 +160,7 @@ def seen_any(norms: Tensor) -> Tensor:
 def constants(numbers: Sequence[float], like: Tensor) -> Tensor:
     """Numbers as a tensor, made on its device without waiting for it."""
     return torch.stack([torch.full_like(like[0], number) for number in numbers])
+
+
+def _indices(gramian: Tensor) -> Tensor:
+    return torch.arange(len(gramian), device=gramian.device)

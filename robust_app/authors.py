@@ -33,7 +33,7 @@ class AuthorsWeights(Rule):
         tensor([0.7500, 1.5000])
         """
         paper = BisectorProjection(self.regularization)(gramian, norms, prioritized)
-        conflict = conflicting(gramian, norms)
+        conflict = conflicting(gramian, norms, prioritized)
         scaled = ~conflict & (norms[0] > 0)  # before any gradient there is no v₁ to scale by
         weights = torch.where(scaled, paper.weights * norms[0], paper.weights)
         certified = torch.arange(2, device=norms.device) == 1

@@ -75,7 +75,8 @@ def train(
         ),
     ] = "eager",
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write scalars for it too; needs its package.")
+        bool,
+        typer.Option("--tensorboard", help="Write scalars for it, also when resumed."),
     ] = False,
 ) -> None:
     """Train a network; with no options, AdvIBP on the embedded digits in about a minute."""
@@ -83,9 +84,10 @@ def train(
         raise unknown("--execution", execution, EXECUTIONS)
     if resume and run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
+    directory = RunDirectory(run_dir or next_free(Path("runs"), Path(recipe or "digits").stem))
+    tensorboard = tensorboard or (resume and directory.events_folder.is_dir())
     if tensorboard:
         summary_writer()  # what is missing is missed before anything is written
-    directory = RunDirectory(run_dir or next_free(Path("runs"), Path(recipe or "digits").stem))
     stored = directory.config() if resume else None
     if stored is None:
         directory.check_free()

@@ -272,7 +272,7 @@ def test_a_preference_may_be_a_list():
 def test_with_the_norm_of_the_mean_the_mean_norm_does_not_count(m, favoured, a, b):
     noisy = weigh(m, favoured, norms(m) * doubles(a, b), OF_MOMENTS)
     assert_close(noisy.weights, weigh(m, favoured).weights, rtol=1e-9, atol=0)
-    if conflicting(gramian(m), norms(m)):
+    if conflicting(gramian(m), norms(m), torch.tensor(favoured)):
         step, other = noisy.weights @ m, m[1 - favoured]
         assert abs(step @ other) <= 1e-9 * m[favoured].norm() * other.norm()
 

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from vectors import RULE, doubles, gramian, norms, weigh
 
 from mogd import BisectorProjection, Fixed, UnbiasedMultiGradient
+from mogd.bisector_projection import bisector
 from mogd.rules import conflicting
 
 OF_MOMENTS = BisectorProjection(length="norm_of_mean")
@@ -26,8 +27,12 @@ def moments(draw, fewest=3, most=6):
     return m * scales, draw(st.integers(0, losses - 1))
 
 
-def in_conflict(m):
-    return bool(conflicting(gramian(m), norms(m)))
+def in_conflict(m, favoured):
+    return bool(conflicting(gramian(m), norms(m), torch.tensor(favoured)))
+
+
+def all_agree(m):
+    return not any(in_conflict(m, k) for k in range(len(m)))
 
 
 def against(m, favoured):
@@ -102,17 +107,35 @@ def test_a_loss_that_agrees_with_the_favoured_one_takes_no_part_in_conflict():
     assert_close(weigh(m, 0).weights, doubles(1, 1, 0))
 
 
-def test_a_favoured_loss_that_nothing_is_against_is_taken_alone():
+def test_a_conflict_between_others_than_the_favoured_one_is_none():
     m = doubles([1, 1, 3], [1, -1, 0.5], [-1, 1, 0.5])
-    assert in_conflict(m)
-    assert_close(weigh(m, 0).weights, doubles(1, 0, 0))
+    assert not in_conflict(m, 0)
+    assert in_conflict(m, 1)
+    assert_close(weigh(m, 0).weights, bisector(gramian(m), norms(m)))
+
+
+def test_a_loss_that_rises_along_the_sum_does_not_lengthen_the_step():
+    # d = (0, 1) + (1, 0) + (1, 0) - (1, 0) = (1, 1), ⟨mₖ, d⟩ = 1, 1, 1, -9,
+    # of which the last counts as 0: γ = ¾ / 2.
+    m = doubles([0, 1], [1, 0], [1, 0], [-9, 0])
+    assert_close(weigh(m, 0).weights, 3 / 8 * doubles(1, 1, 1, 1 / 9))
+
+
+@fewer
+@given(moments(), st.lists(st.floats(0.1, 10), min_size=6, max_size=6))
+def test_without_conflict_the_favoured_loss_falls_whatever_the_others_do(drawn, ratios):
+    m, favoured = drawn
+    assume(not in_conflict(m, favoured))
+    v = norms(m) * torch.tensor(ratios[: len(m)], dtype=torch.float64)
+    step = weigh(m, favoured, v).weights @ m
+    assert step @ m[favoured] > 0
 
 
 @fewer
 @given(moments())
 def test_in_agreement_every_loss_falls_along_the_sum_of_the_normalised_moments(drawn):
     m, favoured = drawn
-    assume(not in_conflict(m))
+    assume(all_agree(m))
     step = weigh(m, favoured).weights @ m
     assert (m @ step > 0).all()
     direction = torch.nn.functional.normalize(m, dim=1).sum(0)
@@ -124,7 +147,7 @@ def test_in_agreement_every_loss_falls_along_the_sum_of_the_normalised_moments(d
 @given(moments())
 def test_in_conflict_the_step_is_what_least_squares_leave_of_the_favoured_moment(drawn):
     m, favoured = drawn
-    assume(in_conflict(m))
+    assume(in_conflict(m, favoured))
     step = weigh(m, favoured).weights @ m
     span = torch.nn.functional.normalize(m[against(m, favoured)], dim=1).T
     assume(span.numel() == 0 or torch.linalg.svdvals(span)[-1] > 0.3)  # far from dependent
@@ -139,7 +162,7 @@ def test_in_conflict_the_step_is_what_least_squares_leave_of_the_favoured_moment
 @given(moments())
 def test_in_conflict_the_favoured_loss_never_rises_and_those_against_it_hardly_change(drawn):
     m, favoured = drawn
-    assume(in_conflict(m))
+    assume(in_conflict(m, favoured))
     step = weigh(m, favoured).weights @ m
     assert step @ m[favoured] >= -1e-9 * m[favoured].square().sum()
     for other in against(m, favoured):
@@ -202,7 +225,7 @@ def test_weights_are_always_finite(drawn, sizes, parallel, opposite):
 
 @pytest.mark.parametrize(("favoured", "expected"), [(0, 0), (1, 0.5), (2, 0.5)])
 def test_a_favoured_loss_other_than_the_first_is_regularised(favoured, expected):
-    m = doubles([1, 0], [-1, 0], [0, 1])
+    m = doubles([1, 0], [-1, 0], [-1, 1])
     regularization = weigh(m, favoured).regularization
     assert regularization[favoured] == expected
     assert regularization.sum() == expected

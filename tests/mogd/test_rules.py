@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
-from vectors import doubles, gramian, weigh
+from vectors import doubles, gramian, norms, weigh
 
 from mogd import Constant, GramianRule
-from mogd.rules import conflicting
+from mogd.rules import against, conflicting
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,16 @@ from mogd.rules import conflicting
     ],
 )
 def test_moments_conflict_unless_their_inner_product_is_positive(m, expected):
-    conflict = conflicting(gramian(m), m.norm(dim=1))
+    conflict = conflicting(gramian(m), m.norm(dim=1), torch.tensor(0))
     assert conflict.shape == ()
     assert bool(conflict) is expected
+
+
+def test_of_several_losses_the_conflicts_of_the_favoured_one_count():
+    m = doubles([1, 1, 3], [1, -1, 0.5], [-1, 1, 0.5])
+    found = [bool(conflicting(gramian(m), norms(m), torch.tensor(k))) for k in range(3)]
+    assert found == [False, True, True]
+    assert against(gramian(m), torch.tensor(1)).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (2, -3), [0.25, 0.5, 0.25]])

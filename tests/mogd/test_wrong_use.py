@@ -156,3 +156,10 @@ def test_wrong_options_are_refused_by_name(options, error, message):
 def test_any_decay_from_0_to_below_1_is_accepted(decay):
     _, optimizer = optimizer_after(AGREEING, moment_decay=decay)
     assert_close(weights_next(optimizer), doubles(2 / 3, 2 / 5))
+
+
+@pytest.mark.parametrize("wrap", [lambda p, adam: (adam,), lambda p, adam: ([p], adam)])
+def test_an_optimizer_in_the_place_of_its_class_is_refused(wrap):
+    p = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(TypeError, match=r"base must be an optimizer's class.* got a made Adam"):
+        UnbiasedMultiGradient(*wrap(p, torch.optim.Adam([p])))

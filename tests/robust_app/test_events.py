@@ -42,10 +42,11 @@ def assert_as_in_metrics(run="run", epochs=2):
     assert {"losses/certified_loss", "errors/verified_error", "moments/cosine"} <= expected.keys()
 
 
-def test_a_resumed_run_has_each_step_once(robust_app):
+@pytest.mark.parametrize("resume", [RESUME, RESUME[:-1]])  # the option need not be repeated
+def test_a_resumed_run_has_each_step_once(robust_app, resume):
     robust_app("train", *QUICK, "--tensorboard", "--stop-after", "1")
     assert set(scalars()["errors/verified_error"]) == {1}
-    assert robust_app(*RESUME)[0] == 0
+    assert robust_app(*resume)[0] == 0
     assert_as_in_metrics()
 
 

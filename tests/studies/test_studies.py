@@ -142,7 +142,7 @@ def test_weights_of_the_batch_itself_are_those_of_its_gradients():
         gramian, norms = gradients @ gradients.T, gradients.norm(dim=1)
         expected = BisectorProjection()(gramian, norms, torch.tensor(0)).weights
         torch.testing.assert_close(record.weights, expected)
-        assert record.conflict == conflicting(gramian, norms)
+        assert record.conflict == conflicting(gramian, norms, record.prioritized)
         torch.testing.assert_close(theta.grad, expected @ gradients)
         optimizer.step()
 
