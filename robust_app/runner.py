@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -37,6 +37,8 @@ def train(
 ) -> None:
     """Begin or resume a run, watched where this process leads, and draw its curves.
 
+    They are drawn on an interruption too, if an epoch is done.
+
     Args:
         trainer: freshly made.
         directory: locked by the leading process; begun here if it holds no run.
@@ -59,15 +61,26 @@ def train(
         | {"execution": trainer.execution.name}
     )
     console.print(f"run directory: {directory.path}", markup=False, soft_wrap=True)
-    with ExitStack() as stack:
-        watchers: list[Watcher] = [
-            stack.enter_context(reporting.watcher(console, config.total_epochs))
-        ]
-        if tensorboard:
-            watchers.append(stack.enter_context(closing(Events(directory))))
-        session.run(trainer, directory, Watchers(watchers), stop_after)
-    runs = {directory.path.resolve().name: directory.metrics()}
-    pictures.save(curves.figure(runs), [directory.curves_file])
+    try:
+        with ExitStack() as stack:
+            watchers: list[Watcher] = [
+                stack.enter_context(reporting.watcher(console, config.total_epochs))
+            ]
+            if tensorboard:
+                watchers.append(stack.enter_context(closing(Events(directory))))
+            session.run(trainer, directory, Watchers(watchers), stop_after)
+    except KeyboardInterrupt:
+        with suppress(Exception):  # the interruption is what is to be told
+            _draw(directory)
+        raise
+    _draw(directory)
+
+
+def _draw(directory: RunDirectory) -> None:
+    metrics = directory.metrics()
+    if metrics:
+        figure = curves.figure({directory.path.resolve().name: metrics})
+        pictures.save(figure, [directory.curves_file])
 
 
 def evaluate(

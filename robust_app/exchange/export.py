@@ -1,7 +1,9 @@
 """A network and properties of test images as files for outside verifiers."""
 
+import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ def export(
 
     The files are ``model.onnx``, ``vnnlib/image-I.vnnlib`` for each index I, ``instances.csv`` with
     a line ``model,property,seconds`` for each, and ``verdicts.csv`` with this package's verdicts.
+    They lie in a folder beside until all are written: an export that is interrupted leaves none.
 
     Args:
         network: of a run, on the CPU in evaluation mode.
@@ -41,7 +44,7 @@ def export(
         indices: of test images.
         how: ε, and how this package decides; its time limit is also that of ``instances.csv``.
         seed: of the attack's random starts.
-        folder: empty or to be made.
+        folder: to be made, or empty; then it is replaced.
         on_image: told 1 after each image.
 
     Returns:
@@ -54,20 +57,20 @@ def export(
     """
     model = to_onnx(network, dataset.image_shape)
     parity = check_parity(model, network, as_float(dataset.x_test[:CHUNK]))
-    _make_folder(folder)
-    _write(folder / MODEL, model.SerializeToString())
     instances, verdicts = [], [("property", "label", "verdict")]
-    for index in indices:
-        image, label = dataset.x_test[index], dataset.y_test[index]
-        text = robustness(as_float(image), int(label), how.epsilon, dataset.classes)
-        path = f"vnnlib/image-{index}.vnnlib"
-        _write(folder / path, f"{text}\n".encode())
-        instances.append((MODEL, path, f"{how.time_limit:g}"))
-        verdict = decided(network, image, label, how, seed)
-        verdicts.append((path, str(int(label)), verdict.value))
-        on_image(1)
-    for name, rows in (("instances.csv", instances), ("verdicts.csv", verdicts)):
-        _write(folder / name, "".join(f"{','.join(row)}\n" for row in rows).encode())
+    with _making(folder) as partial:
+        _write(partial / MODEL, model.SerializeToString())
+        for index in indices:
+            image, label = dataset.x_test[index], dataset.y_test[index]
+            text = robustness(as_float(image), int(label), how.epsilon, dataset.classes)
+            path = f"vnnlib/image-{index}.vnnlib"
+            _write(partial / path, f"{text}\n".encode())
+            instances.append((MODEL, path, f"{how.time_limit:g}"))
+            verdict = decided(network, image, label, how, seed)
+            verdicts.append((path, str(int(label)), verdict.value))
+            on_image(1)
+        for name, rows in (("instances.csv", instances), ("verdicts.csv", verdicts)):
+            _write(partial / name, "".join(f"{','.join(row)}\n" for row in rows).encode())
     return parity, Counter(verdict for *_, verdict in verdicts[1:])
 
 
@@ -81,12 +84,24 @@ def decided(
     return Verdict.FALSIFIED if errors.falsified else Verdict.UNDECIDED
 
 
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def _making(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``folder`` when all is in it; else nothing is left of it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder}: not empty; choose another with --out")
-        (folder / "vnnlib").mkdir()
+        if folder.exists():
+            if any(folder.iterdir()):
+                raise UserError(f"{folder}: not empty; choose another with --out")
+            folder.rmdir()  # one that cannot be replaced is to be noticed before the work
+        partial = folder.with_name(f"{folder.name}.partial")
+        if partial.exists():  # of an export that was killed
+            shutil.rmtree(partial)
+        (partial / "vnnlib").mkdir(parents=True)
+        try:
+            yield partial
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
 

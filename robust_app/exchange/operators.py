@@ -31,14 +31,14 @@ class Node:
     shape: tuple[int, ...]
     attributes: Mapping[str, Any]
 
-    def refused(self, why: str) -> UserError:
-        """The error for an operator that is no layer here."""
-        return UserError(f"operator {self.operator}: {why}")
-
     def check(self, holds: bool, why: str) -> None:
-        """Refuse the operator unless a condition holds."""
+        """Refuse the operator unless a condition holds; who reads the model says which it is.
+
+        Raises:
+            UserError: it does not.
+        """
         if not holds:
-            raise self.refused(why)
+            raise UserError(why)
 
     def constant(self, place: int) -> Tensor:
         """A constant that must be there.
@@ -48,7 +48,7 @@ class Node:
         """
         value = self.optional(place)
         if value is None:
-            raise self.refused(f"expected a constant as input {place}, found none")
+            raise UserError(f"expected a constant as input {place}, found none")
         return value
 
     def optional(self, place: int) -> Tensor | None:
@@ -87,7 +87,7 @@ def _gemm(node: Node) -> nn.Module:
     """α A B + β C with A or its transpose, and B or its transpose."""
     get = node.attributes.get
     node.check(node.place == 0 and not get("transA", 0), "the image is not its first factor")
-    weight = get("alpha", 1.0) * node.constant(1)
+    weight = get("alpha", 1.0) * _matrix(node)
     bias = node.optional(2)
     weight = weight if get("transB", 0) else weight.T
     if bias is not None:
@@ -98,9 +98,13 @@ def _gemm(node: Node) -> nn.Module:
 @_of("MatMul")
 def _matmul(node: Node) -> nn.Module:
     node.check(node.place == 0, "the image is not its first factor")
+    return _linear(_matrix(node).T, None)
+
+
+def _matrix(node: Node) -> Tensor:
     weight = node.constant(1)
     node.check(weight.ndim == 2, f"expected a matrix, found shape {tuple(weight.shape)}")
-    return _linear(weight.T, None)
+    return weight
 
 
 @_of("Conv")
@@ -164,7 +168,7 @@ def _elementwise(node: Node, scale: Tensor, shift: Tensor) -> nn.Module:
         values = [value.expand(1, *node.shape)[0].clone() for value in (scale, shift)]
     except RuntimeError:
         shape = tuple(_other(node).shape)
-        raise node.refused(f"its constant {shape} does not fit {node.shape}") from None
+        raise UserError(f"its constant {shape} does not fit {node.shape}") from None
     return ElementwiseAffine(*values)
 
 
@@ -216,13 +220,15 @@ def _flatten(node: Node) -> nn.Module:
 @_of("Reshape")
 def _reshape(node: Node) -> nn.Module:
     """To flat images or back; a batch of a fixed size is as good as any."""
-    _, *sizes = (int(size) for size in node.constant(1))
+    shape = node.constant(1)
+    node.check(len(shape) > 0, "expected a batch and an image, found no dimension")
+    _, *sizes = (int(size) for size in shape)
     try:
         if not node.attributes.get("allowzero", 0):
             sizes = [size or node.shape[i] for i, size in enumerate(sizes)]
         inner = torch.empty(node.shape, device="meta").view(sizes).shape
     except (RuntimeError, IndexError):
-        raise node.refused(f"{node.shape} to {sizes} does not keep images apart") from None
+        raise UserError(f"{node.shape} to {sizes} does not keep images apart") from None
     return nn.Sequential(nn.Flatten(), nn.Unflatten(1, inner)) if len(inner) > 1 else nn.Flatten()
 
 

@@ -131,7 +131,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def check_classifies(network: nn.Module, dataset: Dataset) -> None:
-    """See that a network gives logits for the images of a data set.
+    """See that a network gives images of a data set a logit for each class, or more of them.
 
     Args:
         network: in evaluation mode, on the device of the data.
@@ -151,8 +151,7 @@ def check_classifies(network: nn.Module, dataset: Dataset) -> None:
     wanted = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(x)
     if not wanted or logits.shape[1] < dataset.classes:
         raise UserError(
-            f"expected logits of shape ({len(x)}, {dataset.classes}) for {len(x)} images, "
-            f"found {shape}"
+            f"expected at least {dataset.classes} logits for each of {len(x)} images, found {shape}"
         )
 
 

@@ -39,13 +39,20 @@ def parity(model: Any, network: nn.Module, x: Tensor) -> Parity:
         x: images in [0, 1], ``(batch, C, H, W)``, at least one.
 
     Raises:
-        UserError: onnxruntime is not installed or does not run the model.
+        UserError: onnxruntime is not installed, does not run the model, or computes another
+            number of logits.
     """
     logits = network(x)
     exact = copy.deepcopy(network).double()(x.double())
     rounding = (logits - exact).abs().max()
     spacing = torch.finfo(torch.float32).eps * exact.abs().max()
-    difference = (_by_runtime(model, x).view_as(logits) - logits).abs().max()
+    outputs = _by_runtime(model, x)
+    if outputs.numel() != logits.numel():
+        raise UserError(
+            f"ONNX Runtime computes outputs of shape {tuple(outputs.shape)} for {len(x)} images, "
+            f"torch logits of shape {tuple(logits.shape)}"
+        )
+    difference = (outputs.view_as(logits) - logits).abs().max()
     return Parity(difference.item(), ROOM * max(rounding.item(), spacing.item()))
 
 
@@ -82,7 +89,7 @@ def _by_runtime(model: Any, x: Tensor) -> Tensor:
             torch.tensor(session.run(None, {image.name: part.view(-1, *shape).numpy()})[0])
             for part in torch.split(x[whole].to(dtype), size)
         ]
+        return torch.cat(outputs)[: len(x)].double()
     except Exception as error:  # of many kinds, all its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"ONNX Runtime does not run the model ({reason})") from error
-    return torch.cat(outputs)[: len(x)].double()

@@ -1,5 +1,7 @@
 """An ONNX model as a chain of layers that attacks and bounds know."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,15 +36,14 @@ def from_onnx(model: Any, image_shape: tuple[int, ...]) -> nn.Sequential:
         known = constants
         if proto.op_type == "Shape":  # of a batch of one: what reshapes leaves the batch open
             known = constants | {last: torch.empty(1, *shape).numpy()}
-        if known.keys() >= set(filter(None, proto.input)):
-            constants |= _computed(model, proto, known)
-            continue
-        node = _node(proto, last, shape, constants)
-        if node.operator not in LAYERS:
-            raise UserError(f"operator {node.operator}: no layer here computes it")
-        layer = LAYERS[node.operator](node)
-        shape = _output_shape(node, layer)
-        _append(layers, layer)
+        with _refusing(proto):
+            if known.keys() >= set(filter(None, proto.input)):
+                constants |= _computed(model, proto, known)
+                continue
+            node = _node(proto, last, shape, constants)
+            node.check(node.operator in LAYERS, "no layer here computes it")
+            layer, shape = _layer(node)
+            _append(layers, layer)
         last = proto.output[0]
     outputs = [value.name for value in graph.output]
     if outputs != [last]:
@@ -75,6 +76,27 @@ def _to_shape(image_shape: tuple[int, ...], shape: tuple[int, ...]) -> list[nn.M
     return [nn.Flatten(), nn.Unflatten(1, shape)] if len(shape) > 1 else [nn.Flatten()]
 
 
+@contextmanager
+def _refusing(proto: Any) -> Iterator[None]:
+    """Say of which node and operator it is what makes a model no chain of layers."""
+    try:
+        yield
+    except Exception as error:  # torch and the reference evaluator raise almost anything
+        known = isinstance(error, UserError)
+        why = str(error) if known else f"cannot be computed ({_in_a_line(error)})"
+        raise UserError(
+            f"node {proto.name or proto.output[0]}, operator {_operator(proto)}: {why}"
+        ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _operator(proto: Any) -> str:
+    return f"{proto.domain}.{proto.op_type}" if proto.domain else str(proto.op_type)
+
+
 def _computed(model: Any, proto: Any, constants: Constants) -> Constants:
     """The outputs of an operator on constants."""
     opsets = {opset.domain: opset.version for opset in model.opset_import}
@@ -87,12 +109,12 @@ def _node(proto: Any, last: str, shape: tuple[int, ...], constants: Constants) -
     places = [i for i, name in enumerate(proto.input) if name and name not in constants]
     if [proto.input[place] for place in places] != [last]:
         raise UserError(
-            f"operator {proto.op_type}: expected a chain, each operator on the output of the one "
-            f"before and on constants, found the inputs {', '.join(proto.input)}"
+            "expected a chain, each operator on the output of the one before and on constants, "
+            f"found the inputs {', '.join(proto.input)}"
         )
     value = packages.onnx().helper.get_attribute_value
     return Node(
-        proto.op_type if not proto.domain else f"{proto.domain}.{proto.op_type}",
+        _operator(proto),
         tuple(_tensor(constants[name]) if name in constants else None for name in proto.input),
         places[0],
         shape,
@@ -105,13 +127,16 @@ def _tensor(array: Any) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _output_shape(node: Node, layer: nn.Module) -> tuple[int, ...]:
+def _layer(node: Node) -> tuple[nn.Module, tuple[int, ...]]:
+    """What the operator is here, and the shape of its output."""
     try:
         with torch.no_grad():
-            return tuple(layer.eval()(torch.zeros(1, *node.shape)).shape[1:])
+            layer = LAYERS[node.operator](node).eval()
+            return layer, tuple(layer(torch.zeros(1, *node.shape)).shape[1:])
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise node.refused(f"does not fit its input of shape {node.shape} ({reason})") from error
+        raise UserError(
+            f"does not fit its input of shape {node.shape} ({_in_a_line(error)})"
+        ) from error
 
 
 def _append(layers: list[nn.Module], layer: nn.Module) -> None:

@@ -95,7 +95,7 @@ def test_an_operator_without_a_layer_is_named(here, tmp_path):
     nodes = [node("Flatten", "X", output="f"), node("Softmax", "f")]
     onnx.save(model(nodes, (1, 8, 8)), tmp_path / "soft.onnx")
     outcome = here("evaluate", "soft.onnx", *ON_DIGITS)
-    assert_refused(outcome, "soft.onnx: operator Softmax")
+    assert_refused(outcome, "soft.onnx: node Y, operator Softmax")
 
 
 def test_images_of_another_shape_are_refused(here, tmp_path):

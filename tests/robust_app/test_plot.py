@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from robust_app import recipes
 from robust_app.plot import labels
 from robust_app.run_directory import RunDirectory
+from tests.robust_app.refusals import assert_refused
 
 OLD = {"standard_error": 5.0, "verified_error": 20.0, "seconds": 1.0, "epsilon": 0.1}
 parts = st.lists(st.sampled_from(["runs", "digits", "a.b", "0"]), min_size=1, max_size=4)
@@ -24,13 +25,6 @@ def begun(path, epochs=3, **metrics):
         lines = [{"epoch": epoch, **OLD, **metrics} for epoch in range(1, epochs + 1)]
         directory.write_metrics(lines)
     return directory
-
-
-def assert_refused(outcome, *words):
-    status, _, err = outcome
-    assert (status, err.count("\n")) == (2, 1), err
-    assert all(word in err for word in words), err
-    assert not Path("curves.png").exists()
 
 
 def test_runs_of_old_and_new_versions_are_drawn_together(robust_app):
@@ -69,6 +63,7 @@ def test_what_is_no_run_or_has_no_epoch_is_refused_by_name(robust_app):
     assert_refused(robust_app("plot", "run", "fresh"), "metrics.jsonl", "damaged")
     assert_refused(robust_app("plot", "run", "--out", "no/pictures"), "no/pictures", "written")
     assert_refused(robust_app("plot"), "run_dirs")
+    assert not Path("curves.png").exists()
 
 
 def test_runs_are_called_by_as_much_of_their_path_as_it_takes():

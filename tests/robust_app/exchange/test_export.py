@@ -1,8 +1,9 @@
-"""Exported folders; the command's own words are in test_command.py."""
+"""Exported folders; the command's own words are in test_export_command.py."""
 
 import csv
 import dataclasses
 import re
+from pathlib import Path
 
 import onnx
 import pytest
@@ -68,6 +69,38 @@ def test_a_folder_that_is_not_empty_is_left_alone(network, digits, tmp_path, nam
         export(network, digits, [0], HOW, 0, tmp_path, lambda _: None)
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
+
+
+def interrupt(images):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(network, digits, tmp_path, made):
+    out = tmp_path / "out"
+    if made:
+        out.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        export(network, digits, [3, 0], HOW, 0, out, interrupt)
+    assert list(tmp_path.iterdir()) == []
+    export(network, digits, [3, 0], HOW, 0, out, lambda _: None)
+    assert len(rows(out / "verdicts.csv")) == 3
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_a_killed_export_left_is_not_in_the_next(network, digits, tmp_path):
+    left = tmp_path / "out.partial" / "vnnlib" / "image-7.vnnlib"
+    left.parent.mkdir(parents=True)
+    left.write_text("half of")
+    export(network, digits, [0], HOW, 0, tmp_path / "out", lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out" / "vnnlib").iterdir()] == ["image-0.vnnlib"]
+
+
+def test_the_current_folder_is_refused_before_the_work(network, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"\.: cannot be written"):
+        export(network, digits, [0], HOW, 0, Path(), lambda _: None)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(network, digits, tmp_path):

@@ -108,6 +108,15 @@ def test_every_operator_is_beside_the_runtime():
 
 REFUSED = {
     "softmax": (("Softmax", VECTOR, [None], {}), "operator Softmax: no layer here computes it"),
+    "gemm with a bias for others": (
+        ("Gemm", (4,), [None, values(4, 10), values(5)], {}),
+        r"node Y, operator Gemm: does not fit its input of shape \(4,\) \(The expanded size",
+    ),
+    "gemm with a stack of matrices": (
+        ("Gemm", VECTOR, [None, values(2, 6, 3)], {}),
+        r"Gemm: expected a matrix, found shape \(2, 6, 3\)",
+    ),
+    "a slope that is text": (("LeakyRelu", VECTOR, [None], {"alpha": "a"}), "LeakyRelu: cannot be"),
     "image as second factor": (("MatMul", (6, 2), [values(3, 6), None], {}), "MatMul: the image"),
     "image as divisor": (("Div", VECTOR, [values(6), None], {}), "Div: the image is its divisor"),
     "batched matrices": (("MatMul", (2, 6), [None, values(2, 6, 3)], {}), r"matrix, .*\(2, 6, 3\)"),
@@ -127,6 +136,10 @@ REFUSED = {
         ("Conv", IMAGE, [None, values(3, 2, 3, 3)], {}),
         r"Conv: does not fit its input of shape \(4, 6, 5\)",
     ),
+    "conv of groups that do not share out": (
+        ("Conv", (3, 6, 6), [None, values(4, 1, 3, 3)], {"group": 3}),
+        r"Conv: does not fit its input of shape \(3, 6, 6\) \(out_channels must be divisible",
+    ),
     "pooling of sequences": (("MaxPool", VECTOR * 2, [None], {"kernel_shape": [2]}), "MaxPool: "),
     "dilated average": (
         ("AveragePool", IMAGE, [None], {"kernel_shape": [2, 2], "dilations": [2, 2]}),
@@ -134,6 +147,10 @@ REFUSED = {
     ),
     "flatten of something else": (("Flatten", IMAGE, [None], {"axis": 2}), "Flatten: .* found 2"),
     "reshape across images": (("Reshape", IMAGE, [None, integers(6, -1, 7)], {}), "Reshape: "),
+    "reshape to no dimension": (
+        ("Reshape", VECTOR, [None, torch.empty(0, dtype=torch.int64)], {}),
+        "Reshape: expected a batch and an image, found no dimension",
+    ),
     "reshape of all images to one row": (
         ("Reshape", IMAGE, [None, integers(-1)], {}),
         r"Reshape: \(4, 6, 5\) to \[\] does not keep images apart",

@@ -74,7 +74,7 @@ def test_a_function_makes_a_network_in_evaluation_mode(here, digits):
         ("networks.py:breaks", r"networks.py:breaks fails \(RuntimeError: no luck\)"),
         ("broken.py:make", r"broken.py fails \(ModuleNotFoundError: .*nothing_of_this_name"),
         ("networks.py:other_images", r"other_images: does not take images of shape \(1, 8, 8\)"),
-        ("networks.py:few_classes", r"expected logits of shape \(2, 10\) .* found \(2, 9\)"),
+        ("networks.py:few_classes", r"at least 10 logits for each of 2 .* found \(2, 9\)"),
     ],
 )
 def test_what_is_no_network_for_the_images_is_refused(here, digits, where, message):
@@ -189,7 +189,7 @@ def test_files_of_other_networks_are_refused(saved, digits, tmp_path):
     with pytest.raises(UserError, match=r"m.onnx: takes images of shape \(1, 8, 8\)"):
         from_file(path, rgb)
     many = dataclasses.replace(digits, classes=11)
-    with pytest.raises(UserError, match=r"m.onnx: expected logits of shape \(2, 11\)"):
+    with pytest.raises(UserError, match=r"m.onnx: expected at least 11 logits"):
         from_file(path, many)
     with pytest.raises(UserError, match=r"absent.onnx: cannot be read as ONNX"):
         from_file(tmp_path / "absent.onnx", digits)

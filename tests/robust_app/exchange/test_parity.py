@@ -47,6 +47,11 @@ def test_a_model_with_a_batch_of_its_own_and_flat_images(batch):
     )
 
 
+def test_a_model_with_another_number_of_logits_is_refused():
+    with pytest.raises(UserError, match=r"of shape \(2, 6\) for 2 images, .* shape \(2, 3\)"):
+        parity(model([node("Relu", "X")], (6,)), nn.Linear(6, 3), torch.rand(2, 6))
+
+
 def test_a_model_that_does_not_run_is_refused(network):
     made = model([node("MatMul", "X", "w")], (7,), {"w": torch.ones(6, 3)})
     with pytest.raises(UserError, match="ONNX Runtime does not run the model"):

@@ -157,6 +157,17 @@ REFUSED = {
         "expected one output, of the last operator, found a, Y",
     ),
     "an open size": (lambda: model([node("Relu", "X")], ("width",)), "known size.*'width'"),
+    "constants that do not fit each other": (
+        lambda: model(
+            [
+                helper.make_node("MatMul", ["w", "w"], ["k"], name="square"),
+                node("MatMul", "X", "k"),
+            ],
+            (6,),
+            {"w": WEIGHT},
+        ),
+        r"node square, operator MatMul: cannot be computed \(",
+    ),
     "a constant that is missing": (
         lambda: model([node("Dropout", "X"), node("Gemm", "Y", "Y", output="Z")], (6,)),
         "operator Gemm: expected a chain",
