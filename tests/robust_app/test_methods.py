@@ -69,7 +69,7 @@ def test_the_rules():
     assert METHODS["weighted-sum"].rule(config) == Constant((1.0, 1.0))
     assert METHODS["weighted-sum"].rule(leaning) == Constant((1.0, 3.0))
     for name in ("advibp", "advcrown-ibp"):
-        assert METHODS[name].rule(config) == BisectorProjection(0.25)
+        assert METHODS[name].rule(config) == BisectorProjection(0.25, (1.0, 1.0))
         assert METHODS[name].rule(leaning) == BisectorProjection(0.25, (1.0, 3.0))
         assert METHODS[name].rule(theirs) == AuthorsWeights(0.25)
 
