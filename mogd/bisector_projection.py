@@ -22,8 +22,8 @@ from mogd.rules import (
 def bisector(gramian: Tensor, norms: Tensor, preference: Sequence[float] | None = None) -> Tensor:
     """Weights of the step along d = Σₖ pₖ mₖ/vₖ, as long as the mean projection of the mₖ on it.
 
-    κₖ = γ pₖ/vₖ with γ = ⟨Σₖ mₖ/K, d⟩ / ‖d‖². With equal pₖ, d is the sum of the normalised
-    moments; for two losses their bisector: the paper's Algorithm 1, lines 13-14.
+    κₖ = γ pₖ/vₖ with γ = (1/K) Σₖ max(⟨mₖ, d⟩, 0) / ‖d‖². With equal pₖ, d is the sum of the
+    normalised moments; for two losses their bisector: the paper's Algorithm 1, lines 13-14.
 
     Args:
         gramian: inner products of the moments, shape ``(K, K)``.

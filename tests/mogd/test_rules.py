@@ -30,6 +30,11 @@ def test_moments_conflict_unless_their_inner_product_is_positive(m, expected):
     assert bool(conflict) is expected
 
 
+def test_no_loss_is_against_itself():
+    assert against(torch.zeros(2, 2), torch.tensor(0)).tolist() == [False, True]
+    assert not conflicting(torch.zeros(1, 1), torch.ones(1), torch.tensor(0))
+
+
 def test_of_several_losses_the_conflicts_of_the_favoured_one_count():
     m = doubles([1, 1, 3], [1, -1, 0.5], [-1, 1, 0.5])
     found = [bool(conflicting(gramian(m), norms(m), torch.tensor(k))) for k in range(3)]
