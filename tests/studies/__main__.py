@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         given.data_root,
         given.runs / given.study,
         None if study.start is None else given.runs / study.start,
+        study.shared_epochs,
     )
     facts = environment.describe(torch.device("cpu"), 1, config.seed, None)
     facts["command"] = f"python -m tests.studies {study.name} --data-root DIR --runs RUNS"

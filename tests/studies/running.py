@@ -1,6 +1,7 @@
 """A variation trained in a directory of its own, resumed where it stopped, and measured."""
 
 import dataclasses
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class Setup:
         data_root: where that lies.
         folder: of their directories.
         start: a run whose last network they begin from; None for a network of their own.
+        shared_epochs: how many epochs the runs of ``joint`` variations have in common, before any
+            trains on both losses; trained once.
     """
 
     config: Config
@@ -54,6 +57,7 @@ class Setup:
     data_root: Path | None
     folder: Path
     start: Path | None = None
+    shared_epochs: int = 0
 
 
 def carry_out(setup: Setup, variation: Variation, seed: int, console: Console) -> None:
@@ -71,7 +75,9 @@ def carry_out(setup: Setup, variation: Variation, seed: int, console: Console) -
             return
         check_config(directory, config)
         if not directory.results():
-            train(setup, variation, config, directory, console)
+            if variation.joint and setup.shared_epochs and not directory.checkpoint_file.exists():
+                begin_as_shared(setup, config, directory, console)
+            train(setup, variation, config, directory, console, config.total_epochs)
             directory.add_results(measure(setup, config, directory))
 
 
@@ -98,17 +104,42 @@ def _place(setup: Setup, variation: Variation, seed: int) -> tuple[RunDirectory,
     return directory, dataclasses.replace(setup.config, seed=seed, **variation.changes)
 
 
-def train(
-    setup: Setup, variation: Variation, config: Config, directory: RunDirectory, console: Console
+def begin_as_shared(
+    setup: Setup, config: Config, directory: RunDirectory, console: Console
 ) -> None:
-    """Begin or resume a run and bring it to its end."""
+    """Put the epochs that runs have in common into a directory, as if they were trained there."""
+    shared = RunDirectory(setup.folder / f"shared-seed{config.seed}")
+    common = Variation("the shared epochs", "")
+    with shared.locked():
+        train(
+            setup,
+            common,
+            dataclasses.replace(setup.config, seed=config.seed),
+            shared,
+            console,
+            setup.shared_epochs,
+        )
+        directory.start(config)
+        for file in (shared.metrics_file, shared.best_file, shared.last_file):
+            shutil.copy(file, directory.path)
+        shutil.copy(shared.checkpoint_file, directory.path)  # last: with it the run has begun
+
+
+def train(
+    setup: Setup,
+    variation: Variation,
+    config: Config,
+    directory: RunDirectory,
+    console: Console,
+    epochs: int,
+) -> None:
+    """Begin or resume a run and bring it to the end of so many epochs."""
     trainer = VariedTrainer(variation, config, setup.dataset)
     if setup.start is not None:  # a checkpoint, if there is one, is loaded over it
         network, _ = session.load_network(RunDirectory(setup.start), setup.dataset, "last")
         trainer.network.load_state_dict(network.state_dict())
     console.print(f"{variation.name}, seed {config.seed}", markup=False)
-    end = config.total_epochs
-    runner.train(trainer, directory, console, data_root=setup.data_root, stop_after=end)
+    runner.train(trainer, directory, console, data_root=setup.data_root, stop_after=epochs)
 
 
 def measure(setup: Setup, config: Config, directory: RunDirectory) -> list[dict[str, Any]]:

@@ -130,6 +130,23 @@ def test_a_resumed_run_weighs_as_it_did(setup, tmp_path):
     assert_same_files(whole.folder / directory.path.name, directory.path)
 
 
+def test_runs_share_the_epochs_before_both_losses_to_the_same_bits(setup, tmp_path):
+    config = dataclasses.replace(setup.config, certified_epochs=2.5, ramp_epochs=1.0)
+    whole = Setup(config, (0.03,), setup.dataset, None, tmp_path / "whole")
+    shared = dataclasses.replace(whole, folder=tmp_path / "shared", shared_epochs=2)
+    alone, own = (
+        dataclasses.replace(variation, joint=True) for variation in (*weighted_sums((1, 2)), OWN)
+    )
+    for setting in (whole, shared):
+        carry_out(setting, alone, 0, QUIET)
+        carry_out(setting, own, 0, QUIET)
+    for variation in (alone, own):
+        name = f"{slug(variation.name)}-seed0"
+        assert_same_files(whole.folder / name, shared.folder / name)
+    assert len(RunDirectory(shared.folder / "shared-seed0").metrics()) == 2
+    assert not (whole.folder / "shared-seed0").exists()
+
+
 def test_weights_of_the_batch_itself_are_those_of_its_gradients():
     torch.manual_seed(0)
     theta = torch.nn.Parameter(torch.randn(5, dtype=torch.float64))
