@@ -13,7 +13,8 @@ from rich.console import Console
 from mogd import BisectorProjection, Fixed, UnbiasedMultiGradient
 from mogd.priority import ask
 from mogd.rules import conflicting
-from robust_app import methods
+from robust_app import methods, recipes
+from robust_app.config import override, with_epochs
 from robust_app.errors import UserError
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
@@ -223,3 +224,12 @@ def test_an_unknown_study_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["fronts", "--runs", "x", "--only", "mogd 5 to 5"])
     assert "--only: no variation of fronts is named mogd 5 to 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_every_run_of_a_study_has_a_configuration(study):
+    config = override(with_epochs(recipes.load(study.recipe), study.epochs), study.settings)
+    for variation in study.variations:
+        dataclasses.replace(config, **variation.changes)
+        if variation.joint and study.shared_epochs:
+            assert study.shared_epochs <= config.natural_epochs + config.certified_epochs
