@@ -14,10 +14,10 @@ from mogd import BisectorProjection, Constant, Rule, Threshold, UnbiasedMultiGra
 from robust_app import data
 from robust_app.attacks import falsified, fgsm, uniform_start
 from robust_app.bounds import propagate
+from robust_app.certificates import certified
 from robust_app.fosc import Stationarity
 from robust_app.interval import Interval
 from robust_app.losses import certified_loss
-from robust_app.margins import certified
 from robust_app.schedules import smoothed_ramp, step_decay
 
 FIGURES = Path(__file__).parents[1] / "figures"
