@@ -215,11 +215,11 @@ def _proved(
     proved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     exact = in_float64(network)
     # One image tells the sizes, and whether all layers have rules, however easy the images are.
-    trace = tuple(enclosures(exact, ball(x[:1], epsilon)))
+    trace = tuple(enclosures(exact, ball(x[:1].double(), epsilon)))
     crown_margins(trace, labels[:1])
 
     for images in torch.split(correct, rows_at_once(trace)):
-        problem = Problem.of(exact, ball(x[images], epsilon), labels[images])
+        problem = Problem.of(exact, ball(x[images].double(), epsilon), labels[images])
         proved[images] = problem.proved
         for stage in stages:
             images, problem = images[~problem.proved], problem.only(~problem.proved)

@@ -98,7 +98,7 @@ def decide(
     deadline = time.monotonic() + time_limit
     x, labels = image.unsqueeze(0), torch.tensor([label])
     program = Program()
-    problem = Problem.of(in_float64(network).cpu(), ball(x.cpu(), epsilon), labels)
+    problem = Problem.of(in_float64(network).cpu(), ball(x.double().cpu(), epsilon), labels)
     # Refuses layers now, however easy the image is.
     crown_margins(problem.trace, labels)
     # Programs are slow to find what an attack finds at once.

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from robust_app.batch_norm import BatchNorm
 from robust_app.bounds import propagate
 from robust_app.certificates import in_float64
+from robust_app.interval import Interval
 from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import ElementwiseAffine, Normalize
-from robust_app.rounding import OVERFLOW, UNIT, gamma, rounding_error
+from robust_app.rounding import OVERFLOW, UNITS, rounded, rounding_error
 
 IMAGE = (2, 4, 4)
 COMPOSED = (nn.Sequential,)
@@ -66,12 +67,12 @@ def activations() -> dict[str, nn.Module]:
     return {type(layer).__name__: layer for layer in layers}
 
 
-def error_of(layer: nn.Module, magnitude: torch.Tensor) -> torch.Tensor:
-    """Also of a Flatten before a layer."""
+def error_of(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """At the images themselves; also of a Flatten before a layer."""
     for part in layer if isinstance(layer, COMPOSED) else [layer]:
-        error = rounding_error(part, magnitude)
-        magnitude = part(magnitude)
-    return torch.zeros_like(magnitude) if error is None else error
+        error = rounding_error(part, Interval(x, torch.zeros_like(x)))
+        x = part(x)
+    return torch.zeros_like(x) if error is None else error
 
 
 def randomised(layer: nn.Module, seed: int) -> nn.Module:
@@ -94,7 +95,7 @@ def test_float32_is_nearer_than_the_bound(name):
         x = torch.randn(50, *IMAGE) * 10 ** torch.empty(50, *IMAGE).uniform_(-3, 3)
         with torch.no_grad():
             exact = in_float64(layer)
-            bound = error_of(exact, x.double().abs())
+            bound = error_of(exact, x.double())
             distance = (layer(x).double() - exact(x.double())).abs()
         assert bound.dtype == torch.float64
         assert (distance <= bound).all()
@@ -109,7 +110,7 @@ def test_the_bound_is_of_the_size_of_what_float32_errs(name):
     x = torch.rand(500, *IMAGE)
     with torch.no_grad():
         exact = in_float64(layer)
-        bound = error_of(exact, x.double().abs())
+        bound = error_of(exact, x.double())
         distance = (layer(x).double() - exact(x.double())).abs()
     assert bound.max() < 500 * distance.max()
 
@@ -133,17 +134,18 @@ def test_a_sum_of_products_is_within_its_bound_in_rational_numbers(seed, terms):
         computed = layer(x)
         exact = sum(w * h for w, h in zip(exactly(weight), exactly(x), strict=True))
         exact += Fraction(layer.bias.item())
-        [bound] = exactly(rounding_error(in_float64(layer), x.double().abs()))
+        [bound] = exactly(error_of(in_float64(layer), x.double()))
     assert abs(Fraction(computed.item()) - exact) <= bound
 
 
-def test_gamma_is_highams_of_twice_the_unit_roundoff():
-    assert Fraction(gamma(100)) == pytest.approx(
-        Fraction(100, 2**23) / (1 - Fraction(100, 2**23)), rel=1e-12
-    )
-    assert torch.finfo(torch.float32).eps == UNIT  # eps is the spacing at 1, twice the roundoff
-    with pytest.raises(ValueError, match=r"operations: expected fewer than 4194304, found 4194304"):
-        gamma(2**22)
+def test_roundings_add_up_as_highams_gamma_does():
+    unit = Fraction(1, 2**24)
+    for count in (1, 100, 5408):
+        gamma = count * unit / (1 - count * unit)
+        bound = rounded(count, torch.ones(1, dtype=torch.float64)).item()
+        assert 1 < bound / float(gamma) < 1.002
+    assert torch.finfo(torch.float32).eps / 2 == float(unit) < UNITS[torch.float64]
+    assert UNITS[torch.float32] == 16 * float(unit)
 
 
 def test_what_may_overflow_has_no_bound():
@@ -151,8 +153,43 @@ def test_what_may_overflow_has_no_bound():
     with torch.no_grad():
         layer.weight.fill_(1.0)
         large = torch.tensor([[OVERFLOW / 2, OVERFLOW / 2]], dtype=torch.float64)
-        assert rounding_error(layer, large).isinf().all()
-        assert rounding_error(layer, large * 0.99).isfinite().all()
+        assert error_of(layer, large).isinf().all()
+        assert error_of(layer, large * 0.99).isfinite().all()
+
+
+def test_so_many_roundings_that_they_may_be_all_there_is_have_no_bound():
+    one = torch.ones(1)
+    assert rounded(2**17, one).isfinite().all()
+    assert rounded(torch.tensor([2.0**18]), one).isinf().all()
+
+
+def test_what_is_switched_off_is_not_rounded():
+    """Zeros count neither as terms nor in sums: the same bound as without them."""
+    torch.manual_seed(0)
+    few, many = nn.Linear(3, 2), nn.Linear(300, 2)
+    with torch.no_grad():
+        many.weight[:, ::100] = few.weight
+        many.bias.copy_(few.bias)
+        x = torch.zeros(1, 300, dtype=torch.float64)
+        x[0, ::100] = torch.rand(3)
+        bounds = error_of(few.double(), x[:, ::100]), error_of(many.double(), x)
+        torch.testing.assert_close(*bounds, rtol=1e-12, atol=0)
+
+
+def test_each_place_of_an_image_has_the_terms_that_a_kernel_sees_there():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3, padding=1, groups=2).double()
+    x = torch.rand(2, 4, 5, 5, dtype=torch.float64) * (torch.rand(2, 4, 5, 5) < 0.5)
+    patches = F.unfold(x, 3, padding=1).unflatten(1, (2, 18))  # (batch, groups, terms, places)
+    with torch.no_grad():
+        bounds = error_of(layer, x).flatten(2)
+        for output in range(6):
+            linear = nn.Linear(18, 1).double()
+            linear.weight.copy_(layer.weight[output].view(1, -1))
+            linear.bias.copy_(layer.bias[output : output + 1])
+            for place in (0, 12, 23):
+                alone = error_of(linear, patches[:, output // 3, :, place])
+                torch.testing.assert_close(bounds[:, output, place], alone[:, 0])
 
 
 def test_underflow_is_within_the_bound():
@@ -163,8 +200,8 @@ def test_underflow_is_within_the_bound():
         layer.weight.fill_(1.25 * 2.0**-76)  # each product is 0 in float32
         assert layer(x).item() == 0.0
         exact = in_float64(layer)
-        assert exact(x.double()).item() > gamma(65) * exact(x.double()).item() > 0
-        assert exact(x.double()) <= rounding_error(exact, x.double())
+        bound = error_of(exact, x.double())
+        assert 0 < exact(x.double()).item() <= bound.item() < 1e-30
 
 
 def test_every_layer_with_bounds_of_a_box_has_bounds_of_rounding():
@@ -179,7 +216,7 @@ def test_every_layer_with_bounds_of_a_box_has_bounds_of_rounding():
 
 def test_a_layer_without_a_rule_is_refused():
     with pytest.raises(UnsupportedLayer, match=r"no rounding error for the layer GELU: register"):
-        rounding_error(nn.GELU(), torch.zeros(1))
+        error_of(nn.GELU(), torch.zeros(1))
 
 
 def test_flushed_denormals_are_within_the_bound():
@@ -194,4 +231,4 @@ def test_flushed_denormals_are_within_the_bound():
     with torch.no_grad():
         layer.weight.copy_(weight)
         distance = abs(layer(x.double()).item() - computed)
-        assert distance <= rounding_error(layer, x.double()).item()
+        assert distance <= error_of(layer, x.double()).item()
