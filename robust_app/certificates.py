@@ -19,6 +19,7 @@ from robust_app.interval import Computed, Interval
 from robust_app.layer_rules import is_plainly
 from robust_app.layers import Residual
 from robust_app.margins import margin_bounds, margins_after
+from robust_app.precision import products_in
 from robust_app.rounding import rounded, rounding_error
 
 ENDS = 2.0**-22
@@ -151,6 +152,7 @@ def margin_errors(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@products_in("float32")
 def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Tensor) -> Tensor:
     """Whether interval bounds prove that no perturbation within ε changes the class.
 

@@ -27,7 +27,7 @@ from robust_app.certificates import (
 )
 from robust_app.interval import Interval
 from robust_app.margins import layer_inputs
-from robust_app.precision import without_autocast
+from robust_app.precision import products_in, without_autocast
 from robust_app.pullback import LinearBound
 from robust_app.relaxation import Trace, is_relu, lower_bounds
 from robust_app.slopes import ascended, tightened
@@ -204,6 +204,7 @@ def rows_at_once(trace: Trace) -> int:
 
 
 @torch.no_grad()
+@products_in("float32")
 def _proved(
     stages: Sequence[Stage], network: nn.Module, x: Tensor, labels: Tensor, epsilon: float
 ) -> Tensor:

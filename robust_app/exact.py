@@ -24,6 +24,7 @@ from robust_app.crown import (
     tighten,
 )
 from robust_app.interval import Interval
+from robust_app.precision import products_in
 from robust_app.programming import Program
 from robust_app.pullback import LinearBound, pull_back
 from robust_app.relaxation import Trace, is_relu, rounding
@@ -75,6 +76,7 @@ def decided(
 
 
 @torch.no_grad()
+@products_in("float32")
 def decide(
     network: nn.Module, image: Tensor, label: int, epsilon: float, *, time_limit: float
 ) -> Decision:
