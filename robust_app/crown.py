@@ -3,11 +3,11 @@
 ``crown_ibp``, ``alpha_crown_ibp``, ``crown`` and ``alpha_crown`` run through stages, each for the
 images that those before it left open. All take a network in evaluation mode, images in [0, 1]
 ``(batch, ...)``, their classes, int64 ``(batch,)``, and ε >= 0 in pixels of [0, 1], and return
-booleans ``(batch,)``: true where each margin over another class is proved to be above 0, up to
-rounding. What one stage proves stays proved, so ``crown_ibp`` proves all that interval bounds
-prove, ``crown`` and ``alpha_crown_ibp`` all that ``crown_ibp`` does, ``alpha_crown`` all that any
-does. Sources: CROWN, Zhang et al. 2018; CROWN-IBP, Zhang et al. 2020; optimised slopes, Xu et al.
-2021.
+booleans ``(batch,)``: true where each margin over another class, as float32 computes it, is proved
+to be above 0 (:mod:`robust_app.certificates`). What one stage proves stays proved, so ``crown_ibp``
+proves all that interval bounds prove, ``crown`` and ``alpha_crown_ibp`` all that ``crown_ibp``
+does, ``alpha_crown`` all that any does. Sources: CROWN, Zhang et al. 2018; CROWN-IBP, Zhang et al.
+2020; optimised slopes, Xu et al. 2021.
 """
 
 import math
@@ -17,16 +17,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from robust_app.bounds import propagate
+from robust_app.certificates import (
+    ball,
+    computed_margins,
+    enclose,
+    enclosures,
+    in_float64,
+    margin_errors,
+)
 from robust_app.interval import Interval
-from robust_app.margins import layer_inputs, margins_after
-from robust_app.precision import without_autocast
+from robust_app.margins import layer_inputs
+from robust_app.precision import products_in, without_autocast
 from robust_app.pullback import LinearBound
-from robust_app.relaxation import Trace, is_relu, lower_bounds, select
+from robust_app.relaxation import Trace, is_relu, lower_bounds
 from robust_app.slopes import ascended, tightened
 
-ELEMENTS = 2**24
-"""Values of all layers together that are bounded at a time; some twenty numbers for each."""
+ELEMENTS = 2**23
+"""Values of all layers together that are bounded at a time; some twenty float64 for each."""
 
 
 def crown_ibp_margins(network: nn.Module, interval: Interval, labels: Tensor) -> Tensor:
@@ -109,24 +116,27 @@ def margin_bound(trace: Trace, labels: Tensor, others: Tensor) -> LinearBound:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is known about some images.
+    """What is known about some images, in float64.
 
     Attributes:
-        trace: the layers, with the boxes at their inputs.
+        trace: the layers, with the boxes of computed values at their inputs.
         labels: the classes y, int64 ``(batch,)``.
-        margins: the best lower bounds of z_y - z_j so far, ``(batch, classes)``; inf for j = y.
+        errors: what rounding after the last layer may take from a margin, ``(batch, classes)``.
+        margins: the best lower bounds of the computed z_y - z_j so far, ``(batch, classes)``; inf
+            for j = y.
     """
 
     trace: Trace
     labels: Tensor
+    errors: Tensor
     margins: Tensor
 
     @classmethod
     def of(cls, network: nn.Module, box: Interval, labels: Tensor) -> "Problem":
-        """What interval bounds know."""
-        trace = tuple(layer_inputs(network, box))
-        margins = margins_after(*trace[-1], labels)
-        return cls(trace, labels, margins.scatter(1, labels.unsqueeze(1), torch.inf))
+        """What interval bounds know; the network is :func:`~.certificates.in_float64`."""
+        trace = tuple(enclosures(network, box))
+        errors = margin_errors(*trace[-1], labels)
+        return cls(trace, labels, errors, computed_margins(*trace[-1], labels))
 
     @property
     def proved(self) -> Tensor:
@@ -135,8 +145,8 @@ class Problem:
 
     def only(self, images: Tensor) -> "Problem":
         """The same for a choice of the images, by index or mask."""
-        trace = [(layer, select(box, images)) for layer, box in self.trace]
-        return Problem(trace, self.labels[images], self.margins[images])
+        trace = [(layer, box.select(images)) for layer, box in self.trace]
+        return Problem(trace, self.labels[images], self.errors[images], self.margins[images])
 
 
 Stage = Callable[[Problem], Problem]
@@ -162,13 +172,13 @@ def tighten(problem: Problem) -> Problem:
     interval bounds from those. Before the first ReLU the interval bounds stay.
     """
     layers = [layer for layer, _ in problem.trace]
-    trace = [problem.trace[0]]
+    trace: list[tuple[nn.Module, Interval]] = [problem.trace[0]]
     for layer in layers[1:]:
-        box = propagate(*trace[-1])
+        box: Interval = enclose(*trace[-1])
         if is_relu(layer) and any(map(is_relu, layers[: len(trace)])):
             box = tightened(trace, box, rows_at_once(trace))
         trace.append((layer, box))
-    margins = margins_after(*trace[-1], problem.labels)
+    margins = computed_margins(*trace[-1], problem.labels)
     return replace(problem, trace=trace, margins=torch.maximum(problem.margins, margins))
 
 
@@ -179,6 +189,7 @@ def _improved(problem: Problem, bounds: Callable[[Trace, LinearBound, Tensor], T
         images, others = pairs.unbind(1)
         labels = problem.labels[images]
         bound = margin_bound(problem.trace, labels.unsqueeze(1), others.unsqueeze(1))
+        bound = replace(bound, constant=-problem.errors[images, others].unsqueeze(1))
         found = bounds(problem.trace, bound, images).squeeze(1)
         margins[images, others] = torch.maximum(margins[images, others], found)
     return replace(problem, margins=margins)
@@ -193,6 +204,7 @@ def rows_at_once(trace: Trace) -> int:
 
 
 @torch.no_grad()
+@products_in("float32")
 def _proved(
     stages: Sequence[Stage], network: nn.Module, x: Tensor, labels: Tensor, epsilon: float
 ) -> Tensor:
@@ -202,12 +214,13 @@ def _proved(
     """
     correct = (network(x).argmax(1) == labels).nonzero().squeeze(1)
     proved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    exact = in_float64(network)
     # One image tells the sizes, and whether all layers have rules, however easy the images are.
-    trace = tuple(layer_inputs(network, Interval.around(x[:1], epsilon)))
+    trace = tuple(enclosures(exact, ball(x[:1].double(), epsilon)))
     crown_margins(trace, labels[:1])
 
     for images in torch.split(correct, rows_at_once(trace)):
-        problem = Problem.of(network, Interval.around(x[images], epsilon), labels[images])
+        problem = Problem.of(exact, ball(x[images].double(), epsilon), labels[images])
         proved[images] = problem.proved
         for stage in stages:
             images, problem = images[~problem.proved], problem.only(~problem.proved)

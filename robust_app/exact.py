@@ -5,7 +5,6 @@ The network becomes linear constraints with one binary variable for each ReLU wh
 solver is HiGHS.
 """
 
-import copy
 import enum
 import time
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_app.attacks import pgd
+from robust_app.certificates import ball, in_float64
 from robust_app.crown import (
     Problem,
     crown_margins,
@@ -24,9 +24,10 @@ from robust_app.crown import (
     tighten,
 )
 from robust_app.interval import Interval
+from robust_app.precision import products_in
 from robust_app.programming import Program
 from robust_app.pullback import LinearBound, pull_back
-from robust_app.relaxation import Trace, is_relu
+from robust_app.relaxation import Trace, is_relu, rounding
 
 TOLERANCE = 1e-6
 """A margin that can be this small is not proved: more than what the solver lets pass as 0."""
@@ -75,6 +76,7 @@ def decided(
 
 
 @torch.no_grad()
+@products_in("float32")
 def decide(
     network: nn.Module, image: Tensor, label: int, epsilon: float, *, time_limit: float
 ) -> Decision:
@@ -98,8 +100,7 @@ def decide(
     deadline = time.monotonic() + time_limit
     x, labels = image.unsqueeze(0), torch.tensor([label])
     program = Program()
-    exact = copy.deepcopy(network).double().cpu()
-    problem = Problem.of(exact, Interval.around(x.double().cpu(), epsilon), labels)
+    problem = Problem.of(in_float64(network).cpu(), ball(x.double().cpu(), epsilon), labels)
     # Refuses layers now, however easy the image is.
     crown_margins(problem.trace, labels)
     # Programs are slow to find what an attack finds at once.
@@ -112,17 +113,20 @@ def decide(
         if problem.proved:
             return Decision(Verdict.CERTIFIED)
 
+    if not _finite(problem):
+        return Decision(Verdict.UNDECIDED)
     variables = _add_network(program, problem.trace)
     verdict = Verdict.CERTIFIED
     for other in problem.margins[0].argsort().tolist():  # the likeliest counterexample first
         if problem.margins[0, other] > 0:
             break
         margin = margin_bound(problem.trace, labels.unsqueeze(1), torch.tensor([[other]]))
-        terms, constant = _in_variables(problem.trace, margin, variables)
+        terms, constant, slack = _in_variables(problem.trace, margin, variables)
+        slack = slack + problem.errors[:, other]
         answer = program.minimum_below(
             torch.cat([indices for _, indices in terms]),
             torch.cat([matrix.squeeze(0) for matrix, _ in terms]),
-            TOLERANCE - constant.item(),
+            TOLERANCE + (slack - constant).item(),
             deadline - time.monotonic(),
         )
         if answer.solution is not None:
@@ -133,6 +137,12 @@ def decide(
         if not answer.infeasible:
             verdict = Verdict.UNDECIDED
     return Decision(verdict)
+
+
+def _finite(problem: Problem) -> bool:
+    """Whether there are bounds to write into a program."""
+    boxes = [values for _, box in problem.trace for values in (box.center, box.radius)]
+    return all(bool(values.isfinite().all()) for values in (*boxes, problem.errors))
 
 
 # --- The network as constraints --------------------------------------------------------------
@@ -178,16 +188,22 @@ def _add_relu(program: Program, before: Trace, variables: list[Tensor], box: Int
         outputs = LinearBound(
             one_hot.view(1, -1, *box.center.shape[1:]), one_hot.new_zeros(1, len(rows))
         )
-        terms, constant = _in_variables(before, outputs, variables)
-        program.constrain([*terms, (-one[rows], z[rows])], -constant, -constant)
+        terms, constant, slack = _in_variables(before, outputs, variables)
+        slack = slack + rounding(outputs, box)[0]
+        program.constrain([*terms, (-one[rows], z[rows])], -slack - constant, slack - constant)
     return h
 
 
 def _in_variables(
     trace: Trace, function: LinearBound, variables: list[Tensor]
-) -> tuple[_Terms, Tensor]:
-    """Linear functions ``(1, spec)`` of a layer's outputs, in the variables before it."""
+) -> tuple[_Terms, Tensor, Tensor]:
+    """Linear functions ``(1, spec)`` of a layer's outputs, in the variables before it.
+
+    Returns:
+        Terms, a constant, and what rounding may add to them or take from them.
+    """
     terms: _Terms = []
+    slack = torch.zeros_like(function.constant)
     image, *hidden = variables
     for layer, box in reversed(trace):
         coefficients = function.coefficients
@@ -196,8 +212,9 @@ def _in_variables(
             function = LinearBound(coefficients * (box.lower >= 0), function.constant)
         else:
             function = pull_back(layer, function, box.center.shape[1:])
+        slack = slack + rounding(function, box)
     terms.append((function.coefficients.flatten(2)[0], image))
-    return terms, function.constant[0]
+    return terms, function.constant[0], slack[0]
 
 
 def _open_signs(box: Interval) -> Tensor:

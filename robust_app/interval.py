@@ -25,6 +25,15 @@ class Interval:
         """The largest value of each entry."""
         return self.center + self.radius
 
+    @property
+    def magnitude(self) -> Tensor:
+        """The largest absolute value of each entry."""
+        return self.center.abs() + self.radius
+
+    def select(self, images: Tensor) -> "Interval":
+        """The boxes of some images, by index or mask."""
+        return Interval(self.center[images], self.radius[images])
+
     @classmethod
     def between(cls, lower: Tensor, upper: Tensor) -> "Interval":
         """The box with the given bounds, ``lower <= upper``, of one shape.
@@ -52,3 +61,20 @@ class Interval:
         if not (isinstance(epsilon, Tensor) or epsilon >= 0):
             raise ValueError(f"epsilon must be at least 0, got {epsilon}")
         return cls.between((x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1))
+
+
+@dataclass(frozen=True)
+class Computed(Interval):
+    """A box of what a network computes in floating point.
+
+    Attributes:
+        error: how far its values may be from what the layer before makes, in real numbers, of the
+            computed values before it, entries >= 0; None for no distance. The box contains it.
+    """
+
+    error: Tensor | None
+
+    def select(self, images: Tensor) -> "Computed":
+        """The boxes of some images, by index or mask."""
+        error = None if self.error is None else self.error[images]
+        return Computed(self.center[images], self.radius[images], error)

@@ -1,4 +1,4 @@
-"""Bounds of the margins over a box, and the certificates they give (paper, section 2)."""
+"""Bounds of the margins over a box (paper, section 2)."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -89,27 +89,3 @@ def _margins_after(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
     radius = radii.gather(1, labels.view(-1, 1, 1).expand(-1, 1, classes)).squeeze(1)
     margins: Tensor = logits.gather(1, labels.unsqueeze(1)) - logits - radius
     return margins
-
-
-@torch.no_grad()
-def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Tensor) -> Tensor:
-    """Whether interval bounds prove that no perturbation within ε changes the class.
-
-    Args:
-        network: see :func:`margin_bounds`; in evaluation mode.
-        x: images in [0, 1], ``(batch, ...)``.
-        labels: the true classes, int64 ``(batch,)``.
-        epsilon: l_inf radius >= 0 in pixels of [0, 1].
-
-    Returns:
-        Booleans ``(batch,)``: all margins over the other classes are above 0.
-
-    Raises:
-        UnsupportedLayer, ValueError: see :func:`margin_bounds` and :meth:`Interval.around`.
-
-    >>> certified(nn.Identity(), torch.tensor([[0.8, 0.4]]), torch.tensor([0]), 0.1)
-    tensor([True])
-    """
-    margins = margin_bounds(network, Interval.around(x, epsilon), labels)
-    others = margins.scatter(1, labels.unsqueeze(1), torch.inf)
-    return (others > 0).all(1)

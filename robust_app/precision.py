@@ -29,15 +29,17 @@ def check(precision: str, device: torch.device) -> None:
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """How products of float32 are taken on a GPU inside: in TF32 for ``tf32``, else in float32.
+    """How products of float32 are taken inside: on a GPU in TF32 for ``tf32``, else in float32.
 
-    TF32 rounds factors to 10 bits; torch lets cuDNN use it unless told otherwise.
+    TF32 rounds factors to 10 bits; torch lets cuDNN use it unless told otherwise, and by
+    ``torch.set_float32_matmul_precision`` processors take bf16, of 8 bits, where they have it.
     """
     backends: Any = torch.backends
-    kinds = (backends.cudnn.conv, backends.cuda.matmul)
+    on_gpu = (backends.cudnn.conv, backends.cuda.matmul)
+    kinds = (*on_gpu, backends.mkldnn.conv, backends.mkldnn.matmul)
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
-        kind.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        kind.fp32_precision = "tf32" if precision == "tf32" and kind in on_gpu else "ieee"
     try:
         yield
     finally:

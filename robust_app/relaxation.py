@@ -3,7 +3,8 @@
 A linear function of a layer's outputs is bounded from below by one of its inputs, layer by layer
 down to the image, where its minimum over the box has a closed form (CROWN, Zhang et al. 2018).
 Affine layers are exact; a ReLU is relaxed to lines that depend on the box at its input: any sound
-boxes will do. Bounds hold up to the rounding of floating-point arithmetic.
+boxes will do. Bounds hold up to the rounding of floating-point arithmetic; in float64, with the
+boxes of computed values of :mod:`robust_app.certificates`, they hold with it.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_app.fused import split_by_sign
-from robust_app.interval import Interval
+from robust_app.interval import Computed, Interval
 from robust_app.layer_rules import is_plainly
 from robust_app.pullback import LinearBound, inner_products, pull_back
 
@@ -29,7 +30,8 @@ def lower_bounds(
     """Minima over the first box of linear functions of the last layer's outputs, from below.
 
     Args:
-        trace: layers and boxes; the boxes at the ReLUs and at the first layer are used.
+        trace: at least one layer; of the boxes, those at the ReLUs and at the first layer are
+            used, and the rounding errors of all.
         bound: the functions, ``(batch, spec)`` of them.
         images: for each row of ``bound`` the index of its boxes, int64 ``(batch,)``; by default
             row i has the boxes i.
@@ -49,20 +51,40 @@ def lower_bounds(
     """
     remaining = None if slopes is None else list(slopes)
     for layer, box in reversed(trace):
+        box = box if images is None else box.select(images)
         if is_relu(layer):
-            box = box if images is None else select(box, images)
             lower_slopes = adaptive_slopes(box) if remaining is None else remaining.pop()
             bound = relax_relu(bound, box, lower_slopes)
         else:
             bound = pull_back(layer, bound, box.center.shape[1:])
+        bound = before_rounding(bound, box)
 
-    box = trace[0][1] if images is None else select(trace[0][1], images)
     coefficients = bound.coefficients
     return (
         bound.constant
         + inner_products(coefficients, box.center)
         - inner_products(coefficients.abs(), box.radius)
     )
+
+
+def before_rounding(bound: LinearBound, box: Interval) -> LinearBound:
+    """Bounds in what a layer makes in real numbers, from bounds in what it computes.
+
+    Args:
+        bound: in the layer's outputs, ``(batch, spec, *shape)``.
+        box: of these, ``(batch, *shape)``.
+    """
+    return LinearBound(bound.coefficients, bound.constant - rounding(bound, box))
+
+
+def rounding(function: LinearBound, box: Interval) -> Tensor:
+    """What the rounding of values changes linear functions of them by, at most: ``(batch, spec)``.
+
+    Zero, unless the values' box is :class:`~robust_app.interval.Computed`.
+    """
+    if not isinstance(box, Computed) or box.error is None:
+        return torch.zeros_like(function.constant)
+    return inner_products(function.coefficients.abs(), box.error)
 
 
 def adaptive_slopes(box: Interval) -> Tensor:
@@ -104,8 +126,3 @@ def relax_relu(bound: LinearBound, box: Interval, slopes: Tensor) -> LinearBound
 def is_relu(layer: nn.Module) -> bool:
     """Whether a layer is a ReLU, and no subclass that computes something else."""
     return is_plainly(layer, nn.ReLU)
-
-
-def select(box: Interval, images: Tensor) -> Interval:
-    """The boxes of some images, by index or mask."""
-    return Interval(box.center[images], box.radius[images])

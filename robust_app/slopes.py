@@ -1,11 +1,13 @@
 """Tighter relaxation of the ReLUs of some images: better boxes, better slopes."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from robust_app.interval import Interval
 from robust_app.pullback import LinearBound
-from robust_app.relaxation import Trace, adaptive_slopes, is_relu, lower_bounds, select
+from robust_app.relaxation import Trace, adaptive_slopes, before_rounding, is_relu, lower_bounds
 
 ITERATIONS = 30
 """Steps of the slopes' ascent."""
@@ -32,11 +34,13 @@ def tightened(trace: Trace, box: Interval, rows_at_once: int) -> Interval:
         coefficients[rows, 0, neurons] = 1
         coefficients[rows, 1, neurons] = -1
         both = LinearBound(coefficients.view(-1, 2, *shape[1:]), lower.new_zeros(len(pairs), 2))
+        both = before_rounding(both, box.select(images))
         below, above = lower_bounds(trace, both, images).unbind(1)
         lower[images, neurons] = torch.maximum(lower[images, neurons], below)
         upper[images, neurons] = torch.minimum(upper[images, neurons], -above)
     # Of two bounds that meet, rounding may put the upper one below.
-    return Interval.between(lower.view(shape), torch.maximum(lower, upper).view(shape))
+    tighter = Interval.between(lower.view(shape), torch.maximum(lower, upper).view(shape))
+    return replace(box, center=tighter.center, radius=tighter.radius)
 
 
 @torch.enable_grad()
@@ -56,7 +60,7 @@ def ascended(trace: Trace, bound: LinearBound, images: Tensor) -> Tensor:
         ``(batch, spec)``, detached.
     """
     best = bound.constant.new_full(bound.constant.shape, -torch.inf)
-    slopes = [adaptive_slopes(select(box, images)) for layer, box in trace if is_relu(layer)]
+    slopes = [adaptive_slopes(box.select(images)) for layer, box in trace if is_relu(layer)]
     if not slopes:
         return lower_bounds(trace, bound, images).detach()
     rows = torch.arange(len(best), device=best.device)

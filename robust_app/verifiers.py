@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from robust_app import crown, exact, margins
+from robust_app import certificates, crown, exact
 from robust_app.errors import UserError, unknown
 
 
@@ -56,7 +56,7 @@ def _exactly(
 
 
 VERIFIERS: Mapping[str, Verifier] = {
-    "ibp": _by_bounds("interval bounds", margins.certified),
+    "ibp": _by_bounds("interval bounds", certificates.certified),
     "crown-ibp": _by_bounds(
         "linear relaxation from the margins down, interval bounds at the ReLUs", crown.crown_ibp
     ),

@@ -14,10 +14,11 @@ from mogd import BisectorProjection, Constant, Rule, Threshold, UnbiasedMultiGra
 from robust_app import data
 from robust_app.attacks import falsified, fgsm, uniform_start
 from robust_app.bounds import propagate
+from robust_app.certificates import certified
 from robust_app.fosc import Stationarity
 from robust_app.interval import Interval
 from robust_app.losses import certified_loss
-from robust_app.margins import certified
+from robust_app.rounding import rounding_error
 from robust_app.schedules import smoothed_ramp, step_decay
 
 FIGURES = Path(__file__).parents[1] / "figures"
@@ -40,6 +41,12 @@ class MaxMin(nn.Module):
 def _(layer: MaxMin, interval: Interval) -> Interval:
     # Neither output falls when an input grows: the bounds of the inputs give those of the outputs.
     return Interval.between(layer(interval.lower), layer(interval.upper))
+
+
+@rounding_error.register
+def _(layer: MaxMin, box: Interval) -> None:
+    """Nothing is rounded: it chooses among its inputs."""
+    del layer, box
 
 
 def build() -> nn.Sequential:

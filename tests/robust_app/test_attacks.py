@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robust_app.attacks import ANYTHING, falsified, fgsm, pgd, uniform_start
-from robust_app.margins import certified
+from robust_app.certificates import certified
 
 LABELS = torch.tensor([0, 1, 2, 0])
 

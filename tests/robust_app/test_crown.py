@@ -6,11 +6,12 @@ from torch import nn
 
 from robust_app import crown
 from robust_app.attacks import falsified
+from robust_app.certificates import certified
 from robust_app.crown import Problem, crown_ibp_margins, crown_margins
 from robust_app.interval import Interval
 from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Normalize, Residual
-from robust_app.margins import certified, margin_bounds
+from robust_app.margins import margin_bounds
 from robust_app.pullback import LinearBound
 from robust_app.relaxation import adaptive_slopes, is_relu, lower_bounds
 from robust_app.slopes import ascended

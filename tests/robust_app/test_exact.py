@@ -8,11 +8,11 @@ from torch import nn
 
 from robust_app import crown
 from robust_app.attacks import falsified
+from robust_app.certificates import certified
 from robust_app.errors import UserError
 from robust_app.exact import Verdict, decide, decided
 from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Residual
-from robust_app.margins import certified
 
 
 def dense_network(seed):

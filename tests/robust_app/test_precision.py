@@ -12,8 +12,11 @@ from robust_app.evaluation import evaluate, standard_and_certified
 from robust_app.interval import Interval
 from robust_app.margins import margins_after
 from robust_app.networks import build_network
+from robust_app.pullback import pull_back
 from robust_app.reporting import Silent
+from robust_app.rounding import rounding_error
 from robust_app.training import Trainer
+from robust_app.verifiers import VERIFIERS
 from tests.robust_app.runs import ALONE, NEEDED, few_digits, full_strength, parameters_of, trained
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -23,6 +26,13 @@ def products() -> tuple[str, str]:
     return (
         torch.backends.cudnn.conv.fp32_precision,
         torch.backends.cuda.matmul.fp32_precision,
+    )
+
+
+def products_of_processors() -> tuple[str, str]:
+    return (
+        torch.backends.mkldnn.conv.fp32_precision,
+        torch.backends.mkldnn.matmul.fp32_precision,
     )
 
 
@@ -54,16 +64,34 @@ def test_whatever_measures_takes_products_in_float32():
 
     class Spy(nn.Module):
         def forward(self, x):
-            seen.append(products())
+            seen.append(products() + products_of_processors())
             return x
 
-    network = nn.Sequential(Spy(), nn.Flatten(), nn.Linear(4, 2))
-    propagate.register(Spy)(lambda layer, interval: interval)
+    network = nn.Sequential(Spy(), nn.Flatten(), nn.Linear(4, 2)).eval()
+    propagate.register(Spy)(
+        lambda layer, interval: Interval(layer(interval.center), interval.radius)
+    )
+    rounding_error.register(Spy)(lambda layer, box: None)
+    pull_back.register(Spy)(lambda layer, bound, shape: bound)
     x, labels = torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
     with precision.products_in("tf32"):
         standard_and_certified(network, x, labels, 0.1)
         evaluate(network, x, labels, 0.1, pgd_steps=1, pgd_restarts=1, seed=0)
-    assert set(seen) == {("ieee", "ieee")}
+        for verifier in VERIFIERS.values():
+            verifier.decide(network, x, labels, 0.1, 1.0)
+    assert set(seen) == {("ieee",) * 4}
+
+
+def test_processors_take_no_products_in_bf16():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert products_of_processors()[1] == "bf16"
+        with precision.products_in("float32"):
+            assert products_of_processors() == ("ieee", "ieee")
+        assert products_of_processors()[1] == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_tf32_needs_a_gpu():
@@ -121,7 +149,8 @@ def test_bf16_is_on_in_the_losses_and_off_in_what_measures():
 
     trainer.network[0].register_forward_hook(look)  # copied with the network that is measured
     trainer.train_epoch(Silent())
-    assert {dtype for where, dtype in seen if where == "measures"} == {torch.float32}
+    measures = {dtype for where, dtype in seen if where == "measures"}
+    assert torch.float32 in measures <= {torch.float32, torch.float64}
     assert {dtype for where, dtype in seen if where == "trains"} == {torch.bfloat16}
     measures = [where for where, _ in seen].index("measures")
     assert all(where == "measures" for where, _ in seen[measures:])

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from robust_app.certificates import certified
 from robust_app.errors import UserError
 from robust_app.evaluation import evaluate
 from robust_app.layer_rules import UnsupportedLayer
-from robust_app.margins import certified
 from robust_app.verifiers import VERIFIERS, parse
 
 pytest.importorskip("scipy")  # of the verifier exact

@@ -1,0 +1,193 @@
+"""Certificates that hold for a network as it is evaluated, in float32.
+
+Interval bounds of real numbers say nothing about a network of rounded ones. Here the box at each
+layer holds what the layers before it *compute*, for every float32 image of the ball: it is widened
+by what float32 may round (:mod:`robust_app.rounding`), and so that its own rounding does no harm.
+Boxes may be float64, for a network :func:`in_float64`, or float32: faster and a little wider.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from robust_app.bounds import flattened, propagate
+from robust_app.errors import UserError
+from robust_app.interval import Computed, Interval
+from robust_app.layer_rules import is_plainly
+from robust_app.layers import Residual
+from robust_app.margins import margin_bounds, margins_after
+from robust_app.precision import products_in
+from robust_app.rounding import rounded, rounding_error
+
+ENDS = 2.0**-22
+"""More than float32 rounds where an attack computes the ends of pixels, in pixels of [0, 1]."""
+
+SPARE = {torch.float64: 2.0**-50, torch.float32: 2.0**-21}
+"""More than the ends of pixels are rounded by here, by the type that they are computed in."""
+
+
+def in_float64(network: nn.Module) -> nn.Module:
+    """A copy with the same numbers in float64, also those that layers keep as Python's floats.
+
+    Raises:
+        UserError: some are narrower than float32, which the bounds of rounding are not for.
+
+    >>> in_float64(nn.LeakyReLU(0.1)).negative_slope  # as float32 has it
+    0.10000000149011612
+    """
+    exact = copy.deepcopy(network).double()
+    if _is_float32(network):
+        for layer in exact.modules():
+            for name, value in vars(layer).items():
+                if isinstance(value, float):
+                    setattr(layer, name, torch.tensor(value, dtype=torch.float32).item())
+    return exact
+
+
+def _is_float32(network: nn.Module) -> bool:
+    """Whether its parameters are float32, and not float64."""
+    kinds = {
+        tensor.dtype: name
+        for name, tensor in network.state_dict().items()
+        if tensor.is_floating_point()
+    }
+    for dtype in kinds.keys() - {torch.float32, torch.float64}:
+        raise UserError(
+            f"network: certificates are of networks in float32, found {kinds[dtype]} in {dtype}"
+        )
+    return torch.float64 not in kinds
+
+
+def ball(x: Tensor, epsilon: float | Tensor) -> Interval:
+    """The float32 images that an attack may take for those within ε of x.
+
+    Args:
+        x: images in [0, 1], float32 or float64 as the box is to be, ``(batch, ...)``.
+        epsilon: radius >= 0 in pixels of [0, 1].
+
+    Raises:
+        ValueError: ``epsilon`` is below 0 or NaN.
+    """
+    radius = float(epsilon)
+    if not radius >= 0:
+        raise ValueError(f"epsilon must be at least 0, got {radius}")
+    box = Interval.around(x, radius + ENDS)
+    return Interval(box.center, box.radius + SPARE[x.dtype])
+
+
+def enclose(layer: nn.Module, box: Interval) -> Computed:
+    """A box of what ``layer`` computes in float32 for float32 inputs in the given box.
+
+    Args:
+        layer: with the box's type of numbers, in evaluation mode.
+        box: ``(batch, ...)``.
+
+    Raises:
+        UnsupportedLayer: it has no rule of ``propagate`` or ``rounding_error``.
+
+    >>> box = Interval.around(torch.ones(1, 1, dtype=torch.float64), 0.5)  # within [0, 1]
+    >>> layer = nn.Linear(1, 1, dtype=torch.float64)
+    >>> bool(enclose(layer, box).upper > propagate(layer, box).upper)
+    True
+    """
+    if is_plainly(layer, nn.Sequential):
+        for part in layer:
+            box = enclose(part, box)
+        return Computed(box.center, box.radius, None)
+    if is_plainly(layer, Residual):
+        body, shortcut = enclose(layer.body, box), enclose(layer.shortcut, box)
+        total = Interval(body.center + shortcut.center, body.radius + shortcut.radius)
+        error = rounded(1, body.magnitude + shortcut.magnitude)
+        return _computed(total, error)
+    return _computed(propagate(layer, box), rounding_error(layer, box))
+
+
+def _computed(box: Interval, error: Tensor | None) -> Computed:
+    radius = box.radius if error is None else box.radius + error
+    return Computed(box.center, radius, error)
+
+
+def enclosures(network: nn.Module, box: Interval) -> Iterator[tuple[nn.Module, Interval]]:
+    """Each layer, nested Sequentials unrolled, with the box of computed values at its input.
+
+    Like :func:`robust_app.margins.layer_inputs`.
+    """
+    layers = flattened(network) or [nn.Identity()]
+    yield layers[0], box
+    for before, layer in pairwise(layers):
+        box = enclose(before, box)
+        yield layer, box
+
+
+def computed_margins(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
+    """Lower bounds of the computed margins z_y - z_j from the box at the last layer.
+
+    Args:
+        last: the last layer.
+        hidden: of computed values.
+        labels: the classes y, int64 ``(batch,)``.
+
+    Returns:
+        ``(batch, classes)`` with inf in column y.
+    """
+    if is_plainly(last, nn.Linear):  # merged with the margins, as for training
+        margins = margins_after(last, hidden, labels) - margin_errors(last, hidden, labels)
+    else:
+        margins = margins_after(nn.Identity(), enclose(last, hidden), labels)
+    return _of_others(margins, labels)
+
+
+def _of_others(margins: Tensor, labels: Tensor) -> Tensor:
+    return margins.scatter(1, labels.unsqueeze(1), torch.inf)
+
+
+def margin_errors(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
+    """What the rounding of the last layer may take from the margins: ``(batch, classes)``."""
+    box = enclose(last, hidden)
+    errors = torch.zeros_like(box.radius) if box.error is None else box.error
+    return errors.gather(1, labels.unsqueeze(1)) + errors
+
+
+@torch.no_grad()
+@products_in("float32")
+def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Tensor) -> Tensor:
+    """Whether interval bounds prove that no perturbation within ε changes the class.
+
+    A theorem about the network as it is evaluated in float32, for every float32 image of the ball,
+    see :mod:`robust_app.rounding` for what that supposes.
+
+    Args:
+        network: see :func:`robust_app.margins.margin_bounds`; in evaluation mode.
+        x: images in [0, 1], ``(batch, ...)``.
+        labels: the true classes, int64 ``(batch,)``.
+        epsilon: l_inf radius >= 0 in pixels of [0, 1].
+
+    Returns:
+        Booleans ``(batch,)``: all margins over the other classes are above 0.
+
+    Raises:
+        UnsupportedLayer, ValueError: see :func:`enclose`, :func:`ball` and
+            :func:`robust_app.margins.margin_bounds`.
+        UserError: see :func:`in_float64`.
+
+    >>> certified(nn.Identity(), torch.tensor([[0.8, 0.4]]), torch.tensor([0]), 0.1)
+    tensor([True])
+    """
+    exact = in_float64(network)
+    if not _is_float32(network):
+        return _proved(enclosures(exact, ball(x.double(), epsilon)), labels)
+    proved = _proved(enclosures(network, ball(x, epsilon)), labels)
+    # What float32 bounds do not prove with the rounding, but would without, is near: float64 tells.
+    left = (~proved).nonzero().squeeze(1)
+    plain = margin_bounds(network, Interval.around(x[left], float(epsilon)), labels[left])
+    near = left[(_of_others(plain, labels[left]) > 0).all(1)]
+    proved[near] = _proved(enclosures(exact, ball(x[near].double(), epsilon)), labels[near])
+    return proved
+
+
+def _proved(trace: Iterable[tuple[nn.Module, Interval]], labels: Tensor) -> Tensor:
+    *_, (last, hidden) = trace
+    return (computed_margins(last, hidden, labels) > 0).all(1)

@@ -1,0 +1,195 @@
+"""Certificates are about what float32 computes: no counterexample is left to its rounding."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from robust_app.bounds import flattened
+from robust_app.certificates import ball, certified, enclose, enclosures, in_float64
+from robust_app.errors import UserError
+from robust_app.interval import Interval
+from robust_app.layers import Normalize, Residual
+from robust_app.margins import margin_bounds
+from robust_app.verifiers import VERIFIERS
+from tests.robust_app.networks import linear
+
+pytest.importorskip("scipy")  # of the verifier exact
+
+
+def naively(network, x, labels, epsilon) -> torch.Tensor:
+    """Interval bounds in float32 as they come, taken for what they say."""
+    with torch.no_grad():
+        margins = margin_bounds(network, Interval.around(x, epsilon), labels)
+    return (margins.scatter(1, labels.unsqueeze(1), math.inf) > 0).all(1)
+
+
+def rounding_network(threshold: float) -> nn.Sequential:
+    """z₀ - z₁ is 4x - threshold, by way of 4x + 2²⁴, which float32 has in steps of 2 only."""
+    offset = 2.0**24
+    return nn.Sequential(
+        linear([[4.0]], [offset]),
+        nn.ReLU(),
+        linear([[1.0], [0.0]], [-offset, 0.0]),
+        nn.ReLU(),
+        linear([[1.0, 0.0], [0.0, 1.0]], [0.0, threshold]),
+    ).eval()
+
+
+@pytest.mark.parametrize("threshold", [2.5, 3.5])
+def test_what_float32_bounds_certify_has_a_counterexample_and_is_not_certified(threshold):
+    """At x = 0.75 float32 has 4 for 4x = 3, at 0.74 it has 2; with 2.5, real numbers are robust."""
+    network, x, label = rounding_network(threshold), torch.tensor([[0.75]]), torch.tensor([0])
+    nearby = torch.tensor([[0.74]])
+    assert (nearby - x).abs() <= 0.01 + 1e-6
+    with torch.no_grad():
+        assert network(x).argmax(1) == 0
+        assert network(nearby).argmax(1) == 1
+        exact = network.double()(nearby.double())[0]
+        assert (exact[0] > exact[1]) == (threshold == 2.5)
+        network.float()
+    assert naively(network, x, label, 0.011)
+    for name, verifier in VERIFIERS.items():
+        verdict = verifier.decide(network, x, label, 0.011, 10.0)
+        assert not verdict.certified.any(), name
+
+
+def test_in_real_numbers_the_margin_that_is_left_certifies():
+    """The same, but for an offset that rounds nothing."""
+    network = rounding_network(2.5)
+    with torch.no_grad():
+        network[0].bias.zero_()
+        network[2].bias.zero_()
+    for name, verifier in VERIFIERS.items():
+        arguments = network, torch.tensor([[0.75]]), torch.tensor([0]), 0.011, 10.0
+        assert verifier.decide(*arguments).certified.all(), name
+
+
+def cancelling(seed: int, offset: float, width: int = 6) -> nn.Sequential:
+    """A network whose hidden values are far above what tells the classes apart."""
+    torch.manual_seed(seed)
+    first, second, last = nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 3)
+    with torch.no_grad():
+        first.bias.copy_(offset * (1 + torch.rand(width)))
+        second.bias.copy_(-second.weight @ first.bias + offset * (torch.rand(width) - 0.3))
+        middle = second(first(torch.full((1, 3), 0.5))).relu()
+        last.bias.copy_(-last(middle)[0] + last.bias)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last).eval()
+
+
+def points(x: torch.Tensor, epsilon: float, count: int) -> torch.Tensor:
+    """Float32 images of the balls, corners among them: ``(count, batch, ...)``."""
+    offsets = torch.empty(count, *x.shape).uniform_(-1, 1)
+    offsets[::2] = offsets[::2].sign()
+    return (x + epsilon * offsets).clamp(0, 1)
+
+
+def attacked(network, x, labels, epsilon, count=300) -> torch.Tensor:
+    with torch.no_grad():
+        logits = network(points(x, epsilon, count).flatten(0, 1))
+    return (logits.argmax(1).view(count, -1) != labels).any(0)
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    offset=st.sampled_from([1.0, 2.0**12, 2.0**17]),
+    epsilon=st.sampled_from([0.0, 0.001, 0.03]),
+)
+@settings(max_examples=10)
+def test_no_verifier_certifies_what_has_a_counterexample(name, seed, offset, epsilon):
+    network = cancelling(seed, offset)
+    x = torch.rand(2 if name == "exact" else 8, 3)
+    labels = network(x).argmax(1)
+    found = VERIFIERS[name].decide(network, x, labels, epsilon, 1.0).certified
+    assert not (found & attacked(network, x, labels, epsilon)).any()
+
+
+def test_float32_bounds_would_have_certified_counterexamples():
+    """Else the test above had nothing to find."""
+    wrongly = ours = 0
+    for seed in range(40):
+        network = cancelling(seed, 2.0**17)
+        x = torch.rand(8, 3)
+        labels = network(x).argmax(1)
+        broken = attacked(network, x, labels, 0.001)
+        wrongly += int((naively(network, x, labels, 0.001) & broken).sum())
+        ours += int(certified(cancelling(seed, 1.0), x, labels, 0.001).sum())
+    assert wrongly > 0
+    assert ours > 0
+
+
+def holds(box: Interval, values: torch.Tensor) -> bool:
+    center, radius = box.center.double(), box.radius.double()
+    return bool(((values.double() - center).abs() <= radius).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(seed=st.integers(0, 2**32 - 1), epsilon=st.floats(0, 0.2))
+@settings(max_examples=20)
+def test_each_box_holds_what_is_computed(dtype, seed, epsilon):
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        Normalize([0.3], [0.05]),
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2)),
+        Residual(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh())),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    ).eval()
+    x = torch.rand(4, 1, 4, 4)
+    here = points(x, epsilon, 20)
+    with torch.no_grad():
+        exact = in_float64(network) if dtype == torch.float64 else network
+        trace = list(enclosures(exact, ball(x.to(dtype), epsilon)))
+        for (_, box), plain in zip(trace, flattened(network), strict=True):
+            assert holds(box, here)
+            here = plain(here.flatten(0, 1)).unflatten(0, (20, 4))
+        last = enclose(*trace[-1])
+        assert holds(last, here)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(st.floats(0, 1, width=32), st.floats(0, 1))
+def test_the_ball_holds_its_ends_as_float32_has_them(dtype, pixel, epsilon):
+    x = torch.tensor([[pixel]], dtype=torch.float32)
+    box = ball(x.to(dtype), epsilon)
+    assert box.center.dtype == dtype
+    box = Interval(box.center.double(), box.radius.double())
+    for end in (x - epsilon, x + epsilon, x - torch.tensor(epsilon), x + torch.tensor(epsilon)):
+        end = end.clamp(0, 1).double()
+        assert (end - box.center).abs() <= box.radius
+    beyond = 1e-15 if dtype == torch.float64 else 1e-6
+    assert (box.lower >= -beyond).all()
+    assert (box.upper <= 1 + beyond).all()
+    assert (box.radius <= epsilon + 1e-6).all()
+
+
+def test_a_network_that_overflows_is_not_certified():
+    network = linear([[3e38, 3e38], [0.0, 0.0]], [0.0, 1.0])
+    x = torch.tensor([[1.0, 0.5]])
+    assert network(x).isinf().any()
+    for name, verifier in VERIFIERS.items():
+        assert not verifier.decide(network, x, torch.tensor([0]), 0.0, 1.0).certified.any(), name
+
+
+def test_halves_are_refused_by_name():
+    network = nn.Sequential(nn.Linear(2, 2)).half()
+    with pytest.raises(UserError, match=r"found 0\.bias in torch\.float16"):
+        certified(network, torch.rand(1, 2), torch.tensor([0]), 0.1)
+
+
+def test_the_network_itself_stays_as_it_is():
+    network = nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(0.1)).eval()
+    certified(network, torch.rand(1, 2), torch.tensor([0]), 0.1)
+    assert network[0].weight.dtype == torch.float32
+    assert network[1].negative_slope == 0.1
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, math.nan])
+def test_a_radius_below_0_is_refused(epsilon):
+    with pytest.raises(ValueError, match=f"epsilon must be at least 0, got {epsilon}"):
+        certified(nn.Identity(), torch.rand(1, 2), torch.tensor([0]), epsilon)
