@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from robust_app.interruption import stoppable
 from tests.soak import adversity, kills, ranks, writes
 from tests.soak.effort import FULL, QUICK, Effort
 
@@ -44,9 +45,10 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("--quick tries less: give it an --output of its own")
     torch.set_num_threads(1)  # and so no threads, which a fork would lose
     console = Console()
-    for name in given.parts or PARTS:
-        console.print(f"{name} …", highlight=False)
-        PARTS[name](QUICK if given.quick else FULL, console, given.output.resolve())
+    with stoppable():  # so that children are ended, too
+        for name in given.parts or PARTS:
+            console.print(f"{name} …", highlight=False)
+            PARTS[name](QUICK if given.quick else FULL, console, given.output.resolve())
 
 
 if __name__ == "__main__":

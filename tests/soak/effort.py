@@ -26,5 +26,5 @@ class Effort:
     restarts: int
 
 
-FULL = Effort(kills=200, commands=20, signals=20, every=1, limits=8, lost=20, restarts=5)
+FULL = Effort(kills=200, commands=10, signals=20, every=1, limits=8, lost=20, restarts=5)
 QUICK = Effort(kills=4, commands=0, signals=1, every=17, limits=1, lost=1, restarts=0)

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import math
 import mmap
 import os
 import signal
@@ -46,7 +47,7 @@ PLACED = (
     (runner, "_draw", "drawing"),
 )
 PATIENCE = 600  # seconds after which a child counts as hung
-POLL = 2e-4
+POLL = 1e-3
 
 
 def prepare() -> None:
@@ -73,6 +74,10 @@ class Forked:
         first: called in the child before anything else.
         environment: added to this process's.
         name: of the files of output.
+
+    Attributes:
+        status: of exit, -N of a signal N; None while it runs.
+        used: seconds of the processor, when it has ended.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class Forked:
         self.output, self.errors = (folder / f"{name}.{end}" for end in ("out", "err"))
         self._place = mmap.mmap(-1, 1)
         self.status: int | None = None
+        self.used = 0.0
         self.pid = os.fork()
         if self.pid == 0:
             status: Any = 70
@@ -107,6 +113,7 @@ class Forked:
 
     def _begin(self, folder: Path, environment: Mapping[str, str]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.update(environment)
         os.chdir(folder)
         for number, path in ((1, self.output), (2, self.errors)):
@@ -134,12 +141,19 @@ class Forked:
         """What the child is doing, or did last."""
         return PLACES[self._place[0]]
 
+    def processor_seconds(self) -> float:
+        """That the child has used so far; infinite when it has ended."""
+        if self.ended():
+            return math.inf
+        return time.clock_gettime(~self.pid << 3 | 2)  # as Linux numbers the clocks of processes
+
     def ended(self) -> bool:
         """Whether the child is no more; then :attr:`status` is its status, -N of a signal N."""
         if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
+                self.used = usage.ru_utime + usage.ru_stime
         return self.status is not None
 
     def until(self, condition: Callable[[], bool], patience: float = PATIENCE) -> bool:

@@ -32,17 +32,14 @@ def soak(effort: Effort, console: Console, output: Path) -> None:
     prepare()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        for size in (2, 3):
-            lost = Lost(size, Path(name))
-            for number in range(effort.lost):
-                lost.kill_one(number)
-                found[f"{size} processes"] = lost.found()
-                found["seconds"] = round(time.perf_counter() - started)
-                report.save("ranks", found, output)
-                console.print(f"  {found}", highlight=False, soft_wrap=True)
-            for number in range(effort.restarts):
-                lost.restart(number)
-                found[f"{size} processes"] = lost.found()
+        runs = [Lost(size, Path(name)) for size in (2, 3)]
+        for number in range(max(effort.lost, effort.restarts)):
+            for lost in runs:
+                if number < effort.lost:
+                    lost.kill_one(number)
+                if number < effort.restarts:
+                    lost.restart(number)
+                found[f"{lost.size} processes"] = lost.found()
                 found["seconds"] = round(time.perf_counter() - started)
                 report.save("ranks", found, output)
                 console.print(f"  {found}", highlight=False, soft_wrap=True)
@@ -63,7 +60,7 @@ class Lost:
         self.longest, self.restarted = 0.0, 0
         self.unbroken = folder / f"unbroken-{size}"
         began = time.perf_counter()
-        self._to_the_end(self.unbroken)
+        self.used = self._to_the_end(self.unbroken)
         self.seconds = time.perf_counter() - began
 
     def found(self) -> dict[str, Any]:
@@ -93,8 +90,8 @@ class Lost:
         victim = self.random.choice(children)
         # Before that they look for each other, and wait as long as torch has them wait.
         victim.until(lambda: victim.place != "starting")
-        end = time.perf_counter() + self.random.uniform(0, 0.8 * self.seconds)
-        victim.until(lambda: time.perf_counter() > end)
+        end = victim.processor_seconds() + self.random.uniform(0, 0.7 * self.used)
+        victim.until(lambda: victim.processor_seconds() > end)
         if victim.ended():
             return False
         where = victim.place
@@ -144,12 +141,14 @@ class Lost:
             raise Unsound(f"{place}: restarted to another result in {', '.join(different)}")
         self.restarted += killed
 
-    def _to_the_end(self, place: Path) -> None:
+    def _to_the_end(self, place: Path) -> float:
+        """Seconds of the processor that the leading process took."""
         children = together(command(RUN, place), self.size, self.folder)
         with running(*children):
             for child in children:
                 if child.wait() != 0:
                     raise Unsound(f"{place}: status {child.status}, {child.errors.read_text()}")
+        return children[0].used
 
 
 def together(arguments: Sequence[object], size: int, folder: Path) -> list[Forked]:
