@@ -1,9 +1,10 @@
 """Files that are whole or not there, and that execute nothing when read."""
 
+import errno
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ def save(content: dict[str, Any], path: Path) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:
-            # Interrupted, torch still tries to end its archive, and fails with an error of its own.
-            if isinstance(error.__context__, KeyboardInterrupt):
+            # Broken off, torch still tries to end its archive, and fails with an error of its own.
+            if isinstance(error.__context__, KeyboardInterrupt | OSError):
                 raise error.__context__ from None
             raise
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write in place of ``path``, which it becomes when it is whole.
+    """A file to write in place of ``path``, which it becomes when it is whole and on the disk.
+
+    Of one that fails nothing is left: on a full disk its place is what the next attempt needs.
 
     Raises:
         UserError: if the disk is full or may not be written.
@@ -39,11 +42,28 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(partial)
         partial.replace(path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _sync(path.parent)  # or the name would be of the old file again after a power cut
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk holds a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        if error.errno != errno.EINVAL:  # the file system knows no such wish, as some of networks
+            raise
+    finally:
+        os.close(handle)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """The command line: parse, make a Config, call."""
 
 import dataclasses
+import io
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +20,13 @@ from robust_app import recipes as recipe_book
 from robust_app.capture import EXECUTIONS
 from robust_app.config import Config
 from robust_app.data import Dataset
-from robust_app.distributed import World
+from robust_app.distributed import ProcessLost, World
 from robust_app.errors import UserError, unknown
 from robust_app.evaluate_command import evaluate
 from robust_app.events import summary_writer
 from robust_app.exchange.command import export
 from robust_app.freed_memory import keep_freed_memory
+from robust_app.interruption import Terminated, stoppable
 from robust_app.options import DataRoot, Device, Download
 from robust_app.plot import plot
 from robust_app.reproduction.command import reproduce
@@ -84,7 +88,10 @@ def train(
         raise unknown("--execution", execution, EXECUTIONS)
     if resume and run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
+    if distributed.will_restart() and run_dir is None:
+        raise UserError("--run-dir: needed with --max-restarts, to find the run again")
     directory = RunDirectory(run_dir or next_free(Path("runs"), Path(recipe or "digits").stem))
+    resume = resume or (distributed.restarted() and directory.config_file.exists())
     tensorboard = tensorboard or (resume and directory.events_folder.is_dir())
     if tensorboard:
         summary_writer()  # what is missing is missed before anything is written
@@ -96,7 +103,7 @@ def train(
         raise UserError(f"--resume: the run has {configs.differences(stored, config)}")
     until = min(stop_after or config.total_epochs, config.total_epochs)
     data_root = data_root or directory.data_root()
-    with distributed.join(device) as world:
+    with _saying_how_to_continue(directory), distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)
         trainer = Trainer(config, dataset, world, EXECUTIONS[execution])
         if not world.leads:
@@ -118,25 +125,46 @@ def _train_and_report(
 ) -> None:
     """Train and, at the end of the run, evaluate."""
     console = reporting.console()
-    again = f"continue with: robust-app train --run-dir {shlex.quote(str(directory.path))} --resume"
-    try:
-        runner.train(
-            trainer,
-            directory,
-            console,
-            data_root=data_root,
-            stop_after=until,
-            tensorboard=tensorboard,
-        )
-    except KeyboardInterrupt:
-        console.print(f"interrupted; all whole epochs are kept, {again}", soft_wrap=True)
-        raise typer.Exit(130) from None
+    runner.train(
+        trainer,
+        directory,
+        console,
+        data_root=data_root,
+        stop_after=until,
+        tensorboard=tensorboard,
+    )
     if trainer.epochs_done < trainer.config.total_epochs:
-        console.print(f"paused after epoch {trainer.epochs_done}; {again}", soft_wrap=True)
+        line = f"paused after epoch {trainer.epochs_done}; {_again(directory)}"
+        console.print(line, markup=False, soft_wrap=True)
         return
     runner.evaluate(
         directory, dataset, console, Examination.of(trainer.config), trainer.config.seed
     )
+
+
+@contextmanager
+def _saying_how_to_continue(directory: RunDirectory) -> Iterator[None]:
+    """Tell the user how, if the run is broken off from outside."""
+    kept = f"all whole epochs are kept, {_again(directory)}"
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, Terminated)
+        # Ctrl-C reaches all processes. SIGTERM may come because the leading one has died.
+        if directory.config_file.exists() and (terminated or distributed.rank() == 0):
+            line = f"{'terminated' if terminated else 'interrupted'}; {kept}"
+            reporting.console().print(line, markup=False, soft_wrap=True)
+        raise
+    except ProcessLost as error:
+        if not directory.config_file.exists():
+            raise
+        raise ProcessLost(f"{error}; {kept}") from error
+
+
+def _again(directory: RunDirectory) -> str:
+    program = "torchrun … -m robust_app" if "WORLD_SIZE" in os.environ else "robust-app"
+    path = shlex.quote(str(directory.path))
+    return f"continue with: {program} train --run-dir {path} --resume"
 
 
 app.command()(evaluate)
@@ -218,21 +246,32 @@ def _requested(
 
 
 def main() -> None:
-    """Run the command line: status 0 done, 2 for what the user can mend, 130 on Ctrl-C."""
+    """Run the command line.
+
+    Status 0 done, 2 for what the user can mend, 130 on Ctrl-C, 143 on SIGTERM.
+    """
     keep_freed_memory()
-    try:
-        status = app(standalone_mode=False)
-    except UserError as error:
-        status = _refuse(str(error))
-    except USAGE_ERROR as error:
-        status = _refuse(error.format_message())
-    except (KeyboardInterrupt, typer.Abort):
-        status = 130
-    sys.exit(status)
+    with stoppable() as stop:
+        try:
+            status = app(standalone_mode=False)
+        except ProcessLost as error:  # it may be the leading process that was lost
+            status = _refuse(str(error), from_all=True)
+        except UserError as error:
+            status = _refuse(str(error))
+        except USAGE_ERROR as error:
+            status = _refuse(error.format_message())
+        except (KeyboardInterrupt, typer.Abort):
+            status = 130
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            sys.stdout = io.StringIO()  # or Python would fail on it once more at its end
+            status = _refuse(f"standard output: cannot be written ({error.strerror})")
+    sys.exit(stop.status or status)
 
 
-def _refuse(reason: str) -> int:
-    """Say in one line, and from one process, what is wrong."""
-    if reason and os.environ.get("RANK", "0") == "0":  # a bare call has printed the help
+def _refuse(reason: str, from_all: bool = False) -> int:
+    """Say in one line, and from one process if not from all, what is wrong."""
+    if reason and (from_all or distributed.rank() == 0):  # a bare call has printed the help
         print(f"robust-app: {reason}", file=sys.stderr)
     return 2

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed
@@ -13,6 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robust_app.errors import UserError
 from robust_app.precision import products_in
+
+PATIENCE = timedelta(minutes=30)  # a download, for which the others wait, may take a while
+
+
+class ProcessLost(UserError):
+    """Another process has ended, or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +81,36 @@ class World:
             torch.distributed.barrier()
 
 
+def rank() -> int:
+    """Of this process among those that torchrun has started; 0 if it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def will_restart() -> bool:
+    """Whether torchrun has been told to do so."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 @contextmanager
-def join(device: str) -> Iterator[World]:
+def join(device: str, patience: timedelta = PATIENCE) -> Iterator[World]:
     """The world that torchrun's environment describes; a process alone without it.
 
     Args:
         device: ``"auto"`` for a GPU where there is one, or a name that ``torch.device`` knows.
+        patience: how long to wait for another process that lives but does not answer.
 
     Products of float32 are taken in float32 inside, which torch does not ask of cuDNN.
 
     Raises:
         UserError: if there is no such device here.
+        ProcessLost: if another process has ended or does not answer.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _choose(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # also where streams and graphs are made
@@ -94,11 +118,24 @@ def join(device: str) -> Iterator[World]:
         if size == 1:
             yield World(0, 1, chosen)
             return
-        torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         try:
-            yield World(rank, size, chosen)
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, timeout=patience)
+            yield World(rank(), size, chosen)
+        except RuntimeError as error:
+            if not _of_another_process(error):
+                raise
+            raise ProcessLost(
+                f"process {rank()} of {size} cannot go on: another one has ended or does not answer"
+            ) from error
         finally:
-            torch.distributed.destroy_process_group()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def _of_another_process(error: RuntimeError) -> bool:
+    """Whether it is one of communication; gloo's have no class of their own."""
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
 def _choose(name: str, local_rank: int) -> torch.device:

@@ -38,6 +38,24 @@ def describe(
     }
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two starts that may change the bits of a result; empty if nothing.
+
+    >>> changes({"processes": 3, "threads": 1}, {"processes": 2, "threads": 1})
+    'processes 2, was 3'
+    """
+    names = ("processes", "device", "threads", "execution", "commit", "python")
+    was, found = (
+        {name: start[name] for name in names if name in start} | start.get("packages", {})
+        for start in (before, now)
+    )
+    return "; ".join(
+        f"{name} {found[name]}, was {was[name]}"
+        for name in found
+        if name in was and found[name] != was[name]
+    )
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

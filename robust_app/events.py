@@ -1,5 +1,7 @@
 """Metrics as scalars for TensorBoard."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -50,21 +52,29 @@ class Events(Silent):
         """End the file, with all epochs of the run even if none was told."""
         if self._writer is None:
             self._begin()
-        self._writer.close()
+        with self._refusing():
+            self._writer.close()
 
     def _begin(self) -> None:
         folder, metrics = self.directory.events_folder, self.directory.metrics()
-        try:
+        with self._refusing():
             for file in folder.glob("events.out.tfevents.*"):
                 file.unlink()
             # A TensorBoard that has read the old file forgets its steps when it sees this one.
             self._writer = self._make_writer(str(folder), purge_step=0)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
         self._write(metrics)
 
     def _write(self, metrics: Metrics) -> None:
-        for metric in SHOWN:
-            for epoch, value in values(metrics, metric.key).items():
-                self._writer.add_scalar(f"{metric.group}/{metric.key}", value, epoch)
-        self._writer.flush()
+        with self._refusing():
+            for metric in SHOWN:
+                for epoch, value in values(metrics, metric.key).items():
+                    self._writer.add_scalar(f"{metric.group}/{metric.key}", value, epoch)
+            self._writer.flush()
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            folder = self.directory.events_folder
+            raise UserError(f"{folder}: cannot be written ({error.strerror})") from error

@@ -54,6 +54,8 @@ class RunDirectory:
             raise UserError(f"{self.path}: in use by another run") from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+        except NotImplementedError as error:
+            raise UserError(f"{self.path}: its file system has no locks") from error
         try:
             yield
         finally:
@@ -67,7 +69,8 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: not a folder")
-        if self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+        unbegun = {".lock", f"{self.config_file.name}.partial"}  # of a run killed before it began
+        if self.path.exists() and any(entry.name not in unbegun for entry in self.path.iterdir()):
             raise UserError(
                 f"{self.path}: not empty; add --resume to continue the run in it, or choose another"
             )

@@ -48,19 +48,28 @@ def train(
         tensorboard: whether to write events for it too.
 
     Raises:
-        UserError: see :func:`robust_app.session.run`.
+        UserError: the directory holds another run; see also :func:`robust_app.session.run`.
     """
     world, config = trainer.world, trainer.config
     if not world.leads:
         session.run(trainer, directory, reporting.Silent(), stop_after)
         return
+    made_with = environment.describe(world.device, world.size, config.seed, data_root)
+    made_with |= {"execution": trainer.execution.name}
     if not directory.config_file.exists():
         directory.start(config)
-    directory.add_environment(
-        environment.describe(world.device, world.size, config.seed, data_root)
-        | {"execution": trainer.execution.name}
-    )
+    elif directory.config() != config:  # begun since this process looked, before it had the lock
+        raise UserError(f"{directory.path}: holds another run")
+    earlier = directory.environments()
+    directory.add_environment(made_with)
     console.print(f"run directory: {directory.path}", markup=False, soft_wrap=True)
+    if earlier and (changed := environment.changes(earlier[-1], made_with)):
+        console.print(
+            f"resumed with {changed}: it may end with other bits than unbroken",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     try:
         with ExitStack() as stack:
             watchers: list[Watcher] = [

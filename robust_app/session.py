@@ -35,8 +35,9 @@ def best_epoch(metrics: list[dict[str, Any]]) -> int | None:
 def run(trainer: Trainer, directory: RunDirectory, watcher: Watcher, stop_after: int) -> None:
     """Train until ``stop_after`` epochs are done, from where the directory's checkpoint left off.
 
-    The checkpoint is the last file written in an epoch: whatever moment the run is killed at, it
-    resumes from its last whole epoch to the same bits.
+    An epoch is done once its checkpoint is written: whatever moment the run is killed at, it
+    resumes from its last whole epoch to the same bits. Its metrics are written before, and are
+    forgotten if the checkpoint is not; the networks after, and are made from it if they are not.
 
     Args:
         trainer: freshly made from the directory's configuration.
@@ -45,7 +46,7 @@ def run(trainer: Trainer, directory: RunDirectory, watcher: Watcher, stop_after:
         stop_after: number of epochs, counted from the start of the run.
 
     Raises:
-        UserError: if the checkpoint is damaged or of another network.
+        UserError: if the checkpoint is damaged or of another network, or metrics are missing.
     """
     if directory.checkpoint_file.exists():
         _restore(trainer, directory)
@@ -56,9 +57,17 @@ def run(trainer: Trainer, directory: RunDirectory, watcher: Watcher, stop_after:
             f"{directory.checkpoint_file}: the processes see different checkpoints; "
             "they need one shared folder"
         )
-    if trainer.world.leads and trainer.epochs_done == 0:
-        checkpoint.save(FORMAT | trainer.state_dict(), directory.checkpoint_file)
     metrics = directory.metrics()[: trainer.epochs_done]
+    if len(metrics) < trainer.epochs_done:
+        raise UserError(
+            f"{directory.metrics_file}: {trainer.epochs_done} epochs are done, "
+            f"found the metrics of {len(metrics)}"
+        )
+    if trainer.world.leads:
+        if trainer.epochs_done == 0:
+            checkpoint.save(FORMAT | trainer.state_dict(), directory.checkpoint_file)
+        else:
+            _mend(trainer, directory, metrics)
     while trainer.epochs_done < stop_after:
         metrics.append(trainer.train_epoch(watcher))
         if trainer.world.leads:
@@ -67,16 +76,30 @@ def run(trainer: Trainer, directory: RunDirectory, watcher: Watcher, stop_after:
 
 
 def _save(trainer: Trainer, directory: RunDirectory, metrics: list[dict[str, Any]]) -> None:
-    state = FORMAT | trainer.state_dict()
+    directory.write_metrics(metrics)
+    checkpoint.save(FORMAT | trainer.state_dict(), directory.checkpoint_file)
+    _save_networks(trainer, directory, metrics)
+
+
+def _save_networks(
+    trainer: Trainer, directory: RunDirectory, metrics: list[dict[str, Any]]
+) -> None:
     network = trainer.certifiable().state_dict()
     model = FORMAT | {"epoch": trainer.epochs_done, "network": network}
-    directory.write_metrics(metrics)
     if best_epoch(metrics) == trainer.epochs_done:
         checkpoint.save(model, directory.best_file)
     if trainer.config.stages and ends_stage(trainer.config, trainer.epochs_done):
         checkpoint.save(model, directory.stage_file(trainer.stage))
     checkpoint.save(model, directory.last_file)
-    checkpoint.save(state, directory.checkpoint_file)
+
+
+def _mend(trainer: Trainer, directory: RunDirectory, metrics: list[dict[str, Any]]) -> None:
+    """Bring metrics and networks to the epoch of the checkpoint, if a run was killed between."""
+    if len(directory.metrics()) > len(metrics):
+        directory.write_metrics(metrics)
+    last = directory.last_file  # the last of them all
+    if not last.exists() or checkpoint.load(last).get("epoch") != trainer.epochs_done:
+        _save_networks(trainer, directory, metrics)
 
 
 def _restore(trainer: Trainer, directory: RunDirectory) -> None:

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and execute nothing."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,27 @@ def test_a_save_that_fails_leaves_the_file_before(tmp_path):
     with pytest.raises(RuntimeError, match="middle of writing"):
         checkpoint.save(CONTENT | {"bad": Unwritable()}, tmp_path / "a.pt")
     assert checkpoint.load(tmp_path / "a.pt")["epoch"] == 4
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("size", [3, 1_000_000])  # told when the file is closed, and before
+def test_a_full_disk_is_told_and_leaves_the_file_before(tmp_path, size):
+    checkpoint.save(CONTENT, tmp_path / "a.pt")
+    (tmp_path / "a.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"a\.pt: cannot be written \(No space left on device\)"):
+        checkpoint.save(CONTENT | {"numbers": torch.rand(size)}, tmp_path / "a.pt")
+    assert checkpoint.load(tmp_path / "a.pt")["epoch"] == 4
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_file_and_name_are_on_the_disk_before_the_next_is_written(tmp_path, monkeypatch):
+    synchronised = []
+    monkeypatch.setattr(
+        "os.fsync", lambda handle: synchronised.append(Path(f"/proc/self/fd/{handle}").readlink())
+    )
+    checkpoint.save(CONTENT, tmp_path / "a.pt")
+    assert synchronised == [tmp_path / "a.pt.partial", tmp_path]
 
 
 class Payload:

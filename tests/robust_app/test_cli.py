@@ -232,7 +232,11 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(robust_app, tmp_pat
     assert_same_network(tmp_path / "unbroken", tmp_path / "killed")
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, number, status, word):
     command = [sys.executable, "-m", "robust_app", "train", "--run-dir", "run"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # Whoever runs the tests in the background may have told their children to ignore Ctrl-C.
@@ -241,11 +245,12 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
         assert process.stdout is not None
         while "epoch" not in process.stdout.readline():
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "continue with: robust-app train --run-dir run --resume" in out
-    assert "Traceback" not in err
+    assert process.returncode == status, err
+    again = "continue with: robust-app train --run-dir run --resume"
+    assert f"{word}; all whole epochs are kept, {again}" in out
+    assert err == ""
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["epochs_done"] >= 1
 
 
@@ -431,6 +436,35 @@ def test_a_run_without_its_checkpoint_is_not_begun_anew(robust_app, finished_run
     outcome = robust_app("train", "--run-dir", finished_run, "--resume")
     assert_refused(outcome, "checkpoint.pt", "missing")
     assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_before_it_began_can_be_begun(robust_app, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "config.toml.partial"):
+        (tmp_path / "run" / name).write_text("epo")
+    assert_refused(robust_app("train", "--run-dir", "run", "--resume"), "no run here")
+    assert robust_app("train", *QUICK, "--run-dir", "run", "--stop-after", "1")[0] == 0
+
+
+def test_torchrun_continues_the_run_that_it_starts_again(robust_app, finished_run, monkeypatch):
+    again = ("train", *QUICK, "--run-dir", finished_run)
+    assert_refused(robust_app(*again), "not empty")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert robust_app(*again)[0] == 0
+    assert_refused(robust_app(*again, "--seed", "5"), "--resume: the run has", "seed")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert_refused(robust_app("train", *QUICK), "--run-dir: needed with --max-restarts")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_one_line_and_status_2(tmp_path):
+    command = [sys.executable, "-m", "robust_app", "recipes"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=ONE_THREAD, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    words = "robust-app: standard output: cannot be written (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (2, words)
 
 
 def test_an_npz_is_found_again_from_another_folder(robust_app, tmp_path, monkeypatch):

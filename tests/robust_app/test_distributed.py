@@ -3,8 +3,11 @@
 import io
 import os
 import socket
+import subprocess
+import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from rich.console import Console
 
 from robust_app import data
 from robust_app.config import Config
-from robust_app.distributed import World, join
+from robust_app.distributed import ProcessLost, World, join
 from robust_app.methods import METHODS
 from robust_app.reporting import Silent, watcher
 from robust_app.training import Trainer
@@ -138,3 +141,40 @@ def test_three_processes_train_as_one_does(tmp_path):
     ranks = trained_by_processes(3, tmp_path, ["digits"])
     alone = outcome(trainer("digits", ALONE), Silent())
     assert_as_alone([rank["digits"] for rank in ranks], alone)
+
+
+PARTNER = """
+import os, time, torch.distributed
+print("ready", flush=True)
+torch.distributed.init_process_group("gloo")
+torch.distributed.barrier()
+{end}
+"""
+
+
+def wait_for(patience: timedelta) -> None:
+    with join("cpu", patience) as world:
+        torch.distributed.barrier()
+        world.total(torch.ones(3))
+
+
+@pytest.mark.parametrize("end", ["os._exit(1)", "time.sleep(600)"], ids=["dead", "silent"])
+def test_a_process_that_is_lost_is_told_in_one_line(monkeypatch, end):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-c", PARTNER.format(end=end)]
+    patience = timedelta(seconds=5 if "sleep" in end else 600)
+    with subprocess.Popen(
+        command, env=os.environ | {"RANK": "1"}, stdout=subprocess.PIPE, text=True
+    ) as partner:
+        assert partner.stdout is not None
+        assert partner.stdout.readline() == "ready\n"
+        try:
+            with pytest.raises(ProcessLost, match=r"^process 0 of 2 cannot go on: [^\n]*$"):
+                wait_for(patience)
+        finally:
+            partner.kill()

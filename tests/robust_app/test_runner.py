@@ -1,9 +1,14 @@
 """A run that is watched; the command's own words are in test_cli.py."""
 
+import dataclasses
+import io
+import json
+
 import pytest
 from rich.console import Console
 
 from robust_app import runner
+from robust_app.errors import UserError
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 from tests.robust_app.runs import ALONE, few_digits, full_strength
@@ -53,3 +58,27 @@ def test_curves_that_cannot_be_drawn_do_not_hide_the_interruption(trainer, direc
     directory.start(trainer.config)
     directory.curves_file.mkdir()
     interrupt(trainer, directory)
+
+
+def test_what_a_run_is_resumed_with_is_told_where_it_differs(trainer, directory):
+    interrupt(trainer, directory)
+    [made] = directory.environments()
+    made = made | {"processes": 3, "packages": made["packages"] | {"torch": "2.0"}}
+    directory.environment_file.write_text(json.dumps([made]))
+    said = io.StringIO()
+    again = Interrupted(trainer.config, few_digits(), ALONE)
+    console = Console(file=said, width=200)
+    with pytest.raises(KeyboardInterrupt):
+        runner.train(again, directory, console, data_root=None, stop_after=3)
+    assert "resumed with processes 1, was 3; torch 2." in said.getvalue()
+    said.truncate(0)
+    with pytest.raises(KeyboardInterrupt):
+        runner.train(again, directory, console, data_root=None, stop_after=3)
+    assert "resumed with" not in said.getvalue()
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_alone(trainer, directory):
+    directory.start(dataclasses.replace(trainer.config, seed=7))
+    with pytest.raises(UserError, match="holds another run"):
+        runner.train(trainer, directory, Console(quiet=True), data_root=None, stop_after=1)
+    assert not directory.environments()

@@ -8,8 +8,11 @@ import torch
 from robust_app import checkpoint, data, recipes
 from robust_app.errors import UserError
 from robust_app.networks import build_network
+from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
-from robust_app.session import FORMAT, Examination, ends_stage, load_network, measure
+from robust_app.session import FORMAT, Examination, ends_stage, load_network, measure, run
+from robust_app.training import Trainer
+from tests.robust_app.runs import ALONE, assert_same_files, few_digits, full_strength, trained
 
 DIGITS = recipes.load("digits")
 
@@ -93,3 +96,34 @@ def test_a_file_without_a_network_is_refused(tmp_path, digits):
     checkpoint.save(FORMAT | {"epoch": 5}, directory.last_file)
     with pytest.raises(UserError, match=r"last\.pt: holds no network$"):
         load_network(directory, digits, "last")
+
+
+def test_what_a_kill_kept_from_being_written_is_made_from_the_checkpoint(tmp_path):
+    config = full_strength("ibp", epochs=2, seed=3, stages=1, stage_epochs=1)
+    config = dataclasses.replace(config, stage_learning_rate=1e-3)
+    directories = {name: RunDirectory(tmp_path / name) for name in ("unbroken", "killed")}
+    for directory in directories.values():
+        directory.path.mkdir()
+        directory.start(config)
+        trained(config, directory.path, stops=(2,), dataset=few_digits())
+    killed, unbroken = directories["killed"], directories["unbroken"]
+    assert unbroken.stage_file(0).exists()
+    for file in (killed.best_file, killed.stage_file(0), killed.last_file):
+        if checkpoint.load(file)["epoch"] == 2:
+            file.unlink()
+    later = {**killed.metrics()[-1], "epoch": 3}  # its checkpoint was not written any more
+    killed.write_metrics([*killed.metrics(), later])
+    run(Trainer(config, few_digits(), ALONE), killed, Silent(), 2)
+    assert_same_files(unbroken.path, killed.path)
+    before = killed.last_file.stat().st_mtime_ns
+    run(Trainer(config, few_digits(), ALONE), killed, Silent(), 2)
+    assert killed.last_file.stat().st_mtime_ns == before  # nothing was to be mended
+
+
+def test_a_run_whose_metrics_are_lost_is_not_resumed(tmp_path):
+    config, directory = full_strength("ibp", epochs=2), RunDirectory(tmp_path)
+    directory.start(config)
+    trained(config, tmp_path, stops=(2,), dataset=few_digits())
+    directory.write_metrics(directory.metrics()[:1])
+    with pytest.raises(UserError, match=r"jsonl: 2 epochs are done, found the metrics of 1$"):
+        run(Trainer(config, few_digits(), ALONE), directory, Silent(), 2)
