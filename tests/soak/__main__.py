@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 
 from robust_app.interruption import stoppable
-from tests.soak import adversity, kills, ranks, writes
+from tests.soak import adversity, certificates, kills, ranks, writes
 from tests.soak.effort import FULL, QUICK, Effort
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 PARTS: Mapping[str, Callable[[Effort, Console, Path], None]] = {
+    "certificates": certificates.soak,
     "kills": kills.soak,
     "writes": writes.soak,
     "adversity": adversity.soak,

@@ -15,6 +15,8 @@ class Effort:
         limits: sizes of a disk that is too small.
         lost: processes killed of two, and as many of three.
         restarts: of them under torchrun.
+        epochs: that a network of the digits is trained for, whose certificates are attacked.
+        attempts: on these.
     """
 
     kills: int
@@ -24,7 +26,29 @@ class Effort:
     limits: int
     lost: int
     restarts: int
+    epochs: int
+    attempts: int
 
 
-FULL = Effort(kills=200, commands=10, signals=20, every=1, limits=8, lost=20, restarts=5)
-QUICK = Effort(kills=4, commands=0, signals=1, every=17, limits=1, lost=1, restarts=0)
+FULL = Effort(
+    kills=200,
+    commands=10,
+    signals=20,
+    every=1,
+    limits=8,
+    lost=20,
+    restarts=5,
+    epochs=40,
+    attempts=1_000_000,
+)
+QUICK = Effort(
+    kills=4,
+    commands=0,
+    signals=1,
+    every=17,
+    limits=1,
+    lost=1,
+    restarts=0,
+    epochs=10,
+    attempts=5_000,
+)

@@ -10,8 +10,8 @@ from robust_app import environment
 from tests.benchmarks.__main__ import processor
 
 
-def save(part: str, found: dict[str, Any], folder: Path) -> None:
-    """Write ``reliability-PART.json``."""
+def save(part: str, found: dict[str, Any], folder: Path, command: str | None = None) -> None:
+    """Write ``reliability-PART.json``; the command is ``tests.soak PART`` unless given."""
     made = environment.describe(torch.device("cpu"), processes=1, seed=0, data_root=None)
     facts = {
         "processor": processor(),
@@ -20,7 +20,7 @@ def save(part: str, found: dict[str, Any], folder: Path) -> None:
         "torch": torch.__version__,
         "threads": made["threads"],
         "commit": made["commit"],
-        "command": f"python -m tests.soak {part}",
+        "command": command or f"python -m tests.soak {part}",
     }
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"made with": facts, **found}, indent=2, ensure_ascii=False)

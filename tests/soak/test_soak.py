@@ -12,6 +12,7 @@ import torch
 from robust_app import checkpoint
 from robust_app.run_directory import RunDirectory
 from tests.robust_app.runs import few_digits, full_strength, trained
+from tests.soak import certificates
 from tests.soak.__main__ import PARTS, main
 from tests.soak.soundness import Unsound, check, differences, flat
 
@@ -41,8 +42,26 @@ def test_runs_that_are_killed_end_as_the_unbroken_one(tmp_path):
     assert found["made with"]["command"] == "python -m tests.soak kills"
 
 
+def test_certificates_are_attacked_and_compared(tmp_path):
+    found = soaked("certificates", tmp_path)
+    tried = found["attempts"]
+    assert tried["starts of PGD"] + tried["corners"] >= 5_000
+    assert 0 < tried["images"] <= found["bounds"]["crown-ibp"]["certified"]
+    for bounds in found["bounds"].values():
+        assert 0 < bounds["certified"] <= bounds["by float32 bounds"] <= bounds["images"]
+
+
+def test_an_unsound_certificate_ends_the_soak():
+    network = torch.nn.Flatten()  # class 0 where the first pixel is the brighter one
+    x = torch.tensor([[0.6, 0.5]])
+    with pytest.raises(Unsound, match="1 certified images have counterexamples"):
+        certificates.attack(network, x, torch.tensor([0]), 0.1, 10)
+    tried = certificates.attack(network, x, torch.tensor([0]), 0.04, 10)
+    assert tried["starts of PGD"] + tried["corners"] == 16
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [part for part in PARTS if part != "kills"])
+@pytest.mark.parametrize("part", [part for part in PARTS if part not in ("kills", "certificates")])
 def test_each_part_finds_nothing_lost(part, tmp_path):
     assert soaked(part, tmp_path)["seconds"] > 0
 
