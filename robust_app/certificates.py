@@ -181,10 +181,13 @@ def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Te
         return _proved(enclosures(exact, ball(x.double(), epsilon)), labels)
     proved = _proved(enclosures(network, ball(x, epsilon)), labels)
     # What float32 bounds do not prove with the rounding, but would without, is near: float64 tells.
-    left = (~proved).nonzero().squeeze(1)
-    plain = margin_bounds(network, Interval.around(x[left], float(epsilon)), labels[left])
-    near = left[(_of_others(plain, labels[left]) > 0).all(1)]
-    proved[near] = _proved(enclosures(exact, ball(x[near].double(), epsilon)), labels[near])
+    near = (~proved).nonzero().squeeze(1)
+    if len(near) > 0:
+        plain = margin_bounds(network, Interval.around(x[near], float(epsilon)), labels[near])
+        near = near[(_of_others(plain, labels[near]) > 0).all(1)]
+    if len(near) > 0:
+        box = ball(x[near].double(), epsilon)
+        proved[near] = _proved(enclosures(exact, box), labels[near])
     return proved
 
 

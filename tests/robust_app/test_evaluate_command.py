@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from robust_app.bounds import propagate
 from robust_app.interval import Interval
 from robust_app.models import build
+from robust_app.rounding import rounding_error
 
 def make():
     return build("digits-cnn", (1, 8, 8), classes=10)
@@ -34,6 +35,10 @@ class Known(Half):
 @propagate.register
 def known(layer: Known, interval: Interval) -> Interval:
     return Interval(interval.center / 2, interval.radius / 2)
+
+@rounding_error.register
+def nothing(layer: Known, box: Interval) -> None:
+    return None
 
 def with_half():
     return nn.Sequential(Half(), make())
