@@ -29,6 +29,8 @@ from robust_app.reproduction.command import reproduce
 from robust_app.run_directory import RunDirectory, next_free
 from robust_app.session import Examination
 from robust_app.training import Trainer
+from robust_app.verify_command import verify
+from robust_app.verify_run import check_data
 
 # Typer has no public name for the class of all usage errors, two above BadParameter.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -108,6 +110,7 @@ def train(
     on_divergence = on_divergence or directory.on_divergence() or divergence.STOP
     with distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)
+        check_data(directory, dataset)
         trainer = Trainer(config, dataset, world, EXECUTIONS[execution])
         if not world.leads:
             runner.train(
@@ -205,6 +208,7 @@ def _show(tables: list[Table]) -> None:
         reporting.console().print(table)
 
 
+app.command("verify-run")(verify)
 app.command()(plot)
 app.command()(reproduce)
 

@@ -61,6 +61,7 @@ def train(
     directory.add_environment(
         environment.describe(world.device, world.size, config.seed, data_root)
         | {"execution": trainer.execution.name, "on_divergence": on_divergence}
+        | {"data": trainer.dataset.checksum()}
     )
     console.print(f"run directory: {directory.path}", markup=False, soft_wrap=True)
     try:
@@ -124,9 +125,11 @@ def evaluate(
                 markup=False,
                 soft_wrap=True,
             )
+    facts = environment.describe(dataset.x_test.device, 1, seed, None)
+    made_with = {"environment": facts, "data": dataset.checksum()}
     directory.add_results(
         [
-            {"network": name, **dataclasses.asdict(how), **errors.as_dict()}
+            {"network": name, **dataclasses.asdict(how), **errors.as_dict(), **made_with}
             for name, errors in rows.values()
         ]
     )

@@ -20,6 +20,7 @@ from tests.robust_app.refusals import assert_refused
 from tests.robust_app.runs import (
     ALONE,
     SHI,
+    Spoils,
     assert_same_files,
     few_digits,
     full_strength,
@@ -28,28 +29,6 @@ from tests.robust_app.runs import (
 )
 
 STAGES = {"stages": 1, "stage_epochs": 2, "stage_learning_rate": 1e-3}
-
-
-class Spoils(Silent):
-    """Breaks a parameter after a batch, as long as the learning rate is above a limit.
-
-    Args:
-        trainer: whose last weights to break.
-        epoch, batch: when, from 1.
-        value: what to put there.
-        limit: of the learning rate.
-    """
-
-    def __init__(self, trainer, epoch, batch, value=math.nan, limit=0.0):
-        self.trainer, self.when, self.value, self.limit = trainer, (epoch, batch), value, limit
-        self.notes = []
-
-    def batch(self, epoch, batch, batches, now, means):
-        if (epoch + 1, batch) == self.when and now.learning_rate > self.limit:
-            self.trainer.network[-1].weight.data[0, 0] = self.value
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 def spoiled(config, folder, *where, stops=(6,), on_divergence=LOWER, **options):
