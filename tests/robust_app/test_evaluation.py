@@ -138,10 +138,10 @@ def test_as_dict_is_for_json():
 
 def trained_on_digits(digits_run, digits) -> tuple[nn.Module, Tensor, Tensor]:
     network, _ = load_network(RunDirectory(digits_run), digits, "best")
-    return network, digits.x_test[:120], digits.y_test[:120]
+    return network, digits.x_test[:60], digits.y_test[:60]
 
 
-@pytest.mark.parametrize("size", [1, 7, 50, 119])
+@pytest.mark.parametrize("size", [7, 59])
 def test_the_same_seed_finds_the_same_in_batches_of_any_size(digits_run, digits, size, monkeypatch):
     """Where PGD breaks some only from some starts: they may not depend on the batches."""
     arguments = (*trained_on_digits(digits_run, digits), 0.05)
@@ -153,7 +153,7 @@ def test_the_same_seed_finds_the_same_in_batches_of_any_size(digits_run, digits,
     at_once = found(0)
     monkeypatch.setattr("robust_app.evaluation.CHUNK", size)
     assert counts(found(0)) == counts(at_once)
-    assert len({counts(found(seed)) for seed in range(5)}) > 1
+    assert len({counts(found(seed)) for seed in range(4)}) > 1
 
 
 # --- Cascades
