@@ -24,8 +24,8 @@ class Guard:
 
     def admit(
         self, losses: Tensor, norms: Tensor, slopes: Tensor, largest: float, scaled: bool
-    ) -> Tensor | bool:
-        """Whether the moments and the parameters may see this step.
+    ) -> tuple[Tensor, Tensor | bool]:
+        """Which losses are sound, and whether the moments and the parameters may see this step.
 
         Args:
             losses: shape ``(K,)``.
@@ -35,24 +35,27 @@ class Guard:
             scaled: whether a GradScaler expects overflows, and deals with them.
 
         Returns:
-            A bool; on a GPU, where looking would wait for the device, a 0-dim bool tensor.
+            Whether each loss and its gradient is finite, shape ``(K,)``, for none where only the
+            weighted sum is not; and whether all are: a bool, or, on a GPU, where looking would
+            wait for the device, a 0-dim bool tensor.
 
         Raises:
-            FloatingPointError: if not, under ``"raise"`` and without a scaler.
+            FloatingPointError: if they are not, under ``"raise"`` and without a scaler.
         """
-        # Norms that are not finite leave the sum not finite.
-        keep = losses.isfinite().all() & (slopes.abs() @ norms < largest)
+        each = losses.isfinite() & norms.isfinite()
+        finite = each & (~each.all() | (slopes.abs() @ norms < largest))
+        keep = finite.all()
         if self.skipped.device != keep.device:
             self.skipped = torch.full((), int(self.skipped), device=keep.device)
         if keep.is_cuda and (self.policy == "skip" or scaled):
             self.skipped += ~keep
-            return keep
+            return finite, keep
         if keep:
-            return True
+            return finite, True
         if self.policy == "raise" and not scaled:
-            raise FloatingPointError(_describe(losses.isfinite() & norms.isfinite(), slopes))
+            raise FloatingPointError(_describe(each, slopes))
         self.skipped += 1
-        return False
+        return finite, False
 
 
 def largest_number(dtype: torch.dtype) -> float:

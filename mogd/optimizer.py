@@ -304,16 +304,18 @@ class UnbiasedMultiGradient(Wrapper):
         weighting = Weighting(*(part.detach() for part in chosen))
         total = slopes(weighting, losses)
         largest = largest_number(self._parameters()[0].dtype)
-        keep = self._guard.admit(losses, norms, total, largest, scaler is not None)
-        self.last = Record(losses, *weighting, gramian, norm_moments, prioritized)
+        finite, keep = self._guard.admit(losses, norms, total, largest, scaler is not None)
+        self.last = Record(losses, *weighting, gramian, norm_moments, prioritized, finite)
         mask = keep if isinstance(keep, Tensor) else None
         if keep is not False:
             weighed, weighed_norms = self._weighed(collected.gradients, norms, unscale)
             moments.update(weighed, weighed_norms, scale=unscale, keep=mask)
             self._moments = moments
         if keep is not False or scaler is not None:
-            # Not where there is a scaler, which looks for what overflowed:
             drop = None if mask is None or scaler is not None else ~mask
+            if scaler is not None:
+                # It looks at gradients alone, which a loss that is not finite may leave finite.
+                total = torch.where(finite.all(), total, torch.nan)
             for parameter, gradient in combine(collected.gradients, total).items():
                 if drop is not None:
                     local(gradient).masked_fill_(drop, 0.0)

@@ -82,7 +82,8 @@ def agree(losses: Tensor, norms: Tensor, last_weights: Tensor, look: bool) -> Te
         if differs.any():
             index = int(differs.nonzero()[0])
             raise RuntimeError(UNAVERAGED.format(index=index, norms=all_norms[:, index].tolist()))
-        if (all_weights != all_weights[0]).any():
+        first = all_weights[:1].expand_as(all_weights)
+        if not torch.allclose(all_weights, first, rtol=0.0, atol=0.0, equal_nan=True):
             raise RuntimeError(DISAGREEING.format(weights=all_weights.tolist()))
     average_losses: Tensor = all_losses.mean(0)
     return average_losses

@@ -19,6 +19,8 @@ class Record:
         gramian: inner products of the moments behind the weights, shape ``(K, K)``.
         norms: moments of the gradients' norms behind the weights, shape ``(K,)``.
         prioritized: index of the loss that the priority favoured, 0-dim integer.
+        finite: whether each loss and its gradient was, for none where only the weighted sum was
+            not; the step is taken where all are. Bools, shape ``(K,)``.
     """
 
     losses: Tensor
@@ -27,6 +29,7 @@ class Record:
     gramian: Tensor
     norms: Tensor
     prioritized: Tensor
+    finite: Tensor
 
     @property
     def conflict(self) -> Tensor:

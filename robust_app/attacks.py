@@ -122,7 +122,9 @@ def falsified(
         epsilon: radius >= 0 in pixels of [0, 1], a number or a 0-dim tensor.
         steps: number of steps from each start, at least 1.
         restarts: number of starts, at least 1.
-        generator: the source of the starts.
+        generator: the source of the starts, drawn image after image, all of an image together: one
+            on the CPU gives a set of images the same starts in however many parts it comes, on
+            any device.
 
     Returns:
         Booleans ``(batch,)``, true where a misclassified image is found.
@@ -140,10 +142,12 @@ def falsified(
     lower, upper = _ball(x, epsilon)
     step_size = 2.5 * epsilon / steps
     broken = network(x).argmax(1) != labels
-    for _ in range(restarts):
+    starts = uniform_start(x.new_empty(()).expand(len(x), restarts, *x.shape[1:]), generator)
+    for start in starts.unbind(1):
         standing = (~broken).nonzero().squeeze(1)
-        start = uniform_start(x[standing], generator)
-        x_adv = torch.clamp(x[standing] + epsilon * start, lower[standing], upper[standing])
+        x_adv = torch.clamp(
+            x[standing] + epsilon * start[standing], lower[standing], upper[standing]
+        )
         for _ in range(steps):
             if len(standing) == 0:
                 return broken

@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from robust_app import config as configs
-from robust_app import data, distributed, listings, reporting, runner
+from robust_app import data, distributed, divergence, listings, reporting, runner
 from robust_app import recipes as recipe_book
 from robust_app.capture import EXECUTIONS
 from robust_app.config import Config
@@ -33,6 +33,8 @@ from robust_app.reproduction.command import reproduce
 from robust_app.run_directory import RunDirectory, next_free
 from robust_app.session import Examination
 from robust_app.training import Trainer
+from robust_app.verify_command import verify
+from robust_app.verify_run import check_data
 
 # Typer has no public name for the class of all usage errors, two above BadParameter.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -82,10 +84,19 @@ def train(
         bool,
         typer.Option("--tensorboard", help="Write scalars for it, also when resumed."),
     ] = False,
+    on_divergence: Annotated[
+        str | None,
+        typer.Option(
+            help="stop, by default; or lower-lr, go back to the last checkpoint with half the "
+            "learning rate, at most five times. A resumed run does as before."
+        ),
+    ] = None,
 ) -> None:
     """Train a network; with no options, AdvIBP on the embedded digits in about a minute."""
     if execution not in EXECUTIONS:
         raise unknown("--execution", execution, EXECUTIONS)
+    if on_divergence is not None and on_divergence not in divergence.CHOICES:
+        raise unknown("--on-divergence", on_divergence, divergence.CHOICES)
     if resume and run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
     if distributed.will_restart() and run_dir is None:
@@ -103,16 +114,25 @@ def train(
         raise UserError(f"--resume: the run has {configs.differences(stored, config)}")
     until = min(stop_after or config.total_epochs, config.total_epochs)
     data_root = data_root or directory.data_root()
+    on_divergence = on_divergence or directory.on_divergence() or divergence.STOP
     with _saying_how_to_continue(directory), distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)
+        check_data(directory, dataset)
         trainer = Trainer(config, dataset, world, EXECUTIONS[execution])
         if not world.leads:
             runner.train(
-                trainer, directory, reporting.console(), data_root=data_root, stop_after=until
+                trainer,
+                directory,
+                reporting.console(),
+                data_root=data_root,
+                stop_after=until,
+                on_divergence=on_divergence,
             )
             return
         with directory.locked():
-            _train_and_report(trainer, directory, dataset, data_root, until, tensorboard)
+            _train_and_report(
+                trainer, directory, dataset, data_root, until, tensorboard, on_divergence
+            )
 
 
 def _train_and_report(
@@ -122,6 +142,7 @@ def _train_and_report(
     data_root: Path | None,
     until: int,
     tensorboard: bool,
+    on_divergence: str,
 ) -> None:
     """Train and, at the end of the run, evaluate."""
     console = reporting.console()
@@ -132,6 +153,7 @@ def _train_and_report(
         data_root=data_root,
         stop_after=until,
         tensorboard=tensorboard,
+        on_divergence=on_divergence,
     )
     if trainer.epochs_done < trainer.config.total_epochs:
         line = f"paused after epoch {trainer.epochs_done}; {_again(directory)}"
@@ -214,6 +236,7 @@ def _show(tables: list[Table]) -> None:
         reporting.console().print(table)
 
 
+app.command("verify-run")(verify)
 app.command()(plot)
 app.command()(reproduce)
 

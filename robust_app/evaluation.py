@@ -164,7 +164,7 @@ def evaluate(
         epsilon: radius ≥ 0 in pixels of [0, 1].
         pgd_steps: steps of the attack, at least 1.
         pgd_restarts: attempts of the attack, at least 1.
-        seed: of the attack's random starts.
+        seed: of the attack's random starts, which depend on nothing else but an image's place.
         verifiers: keys of :data:`~robust_app.verifiers.VERIFIERS`, at least one.
         time_limit: seconds for an image, of the verifiers that could go on for ever.
         on_batch: told how many images were done, after each batch.
@@ -174,7 +174,7 @@ def evaluate(
         UnsupportedLayer: if a verifier has no rule for a layer.
     """
     network.eval()
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: see falsified
     shares = {name: Share() for name in ("pgd", *verifiers)}
     patient = tuple(verifiers) != ("ibp",)
     misclassified = attacked = broken_count = certified_count = 0
@@ -195,7 +195,8 @@ def evaluate(
         attacked += int(broken.sum())
         proved = torch.zeros_like(broken)
         _count(shares["pgd"], proved, broken, started)
-        # The attack's random starts depend on the chunks, which must not depend on the verifiers.
+        # A product may be rounded otherwise in a batch of another size: the attack's batches must
+        # not depend on the verifiers.
         step = PATIENT_CHUNK if patient else CHUNK
         for start in range(0, len(images), step):
             here = slice(start, start + step)

@@ -26,9 +26,12 @@ class Silent:
     def epoch(self, metrics: dict[str, Any]) -> None:
         """Say nothing."""
 
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
 
 class Lines(Silent):
-    """A plain line after each epoch.
+    """A plain line after each epoch, and notes.
 
     Args:
         console: where to.
@@ -47,6 +50,10 @@ class Lines(Silent):
             line += f"  held out: standard {metrics['standard_error']:.2f}%"
             line += f" verified {metrics['verified_error']:.2f}%"
         self.console.print(f"{line}  {metrics['seconds']:.1f}s", highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Live(Lines):

@@ -108,6 +108,11 @@ class RunDirectory:
         roots = [Path(made["data_root"]) for made in self.environments() if made["data_root"]]
         return roots[-1] if roots else None
 
+    def on_divergence(self) -> str | None:
+        """What the run was to do on divergence when it was last started, if it was told."""
+        made = self.environments()
+        return made[-1].get("on_divergence") if made else None
+
     def add_environment(self, environment: dict[str, Any]) -> None:
         """Append what this start of the run is made with to ``environment.json``."""
         text = json.dumps([*self.environments(), environment], indent=2) + "\n"

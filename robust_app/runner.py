@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
-from robust_app import curves, environment, pictures, reporting, session
+from robust_app import curves, divergence, environment, pictures, reporting, session
 from robust_app.batches import as_float
 from robust_app.checkpoint import replacing
 from robust_app.data import Dataset
@@ -34,6 +34,7 @@ def train(
     data_root: Path | None,
     stop_after: int,
     tensorboard: bool = False,
+    on_divergence: str = divergence.STOP,
 ) -> None:
     """Begin or resume a run, watched where this process leads, and draw its curves.
 
@@ -46,16 +47,18 @@ def train(
         data_root: where the data lie, noted for the next time.
         stop_after: number of epochs, counted from the start of the run.
         tensorboard: whether to write events for it too.
+        on_divergence: see :func:`robust_app.session.run`.
 
     Raises:
         UserError: the directory holds another run; see also :func:`robust_app.session.run`.
     """
     world, config = trainer.world, trainer.config
     if not world.leads:
-        session.run(trainer, directory, reporting.Silent(), stop_after)
+        session.run(trainer, directory, reporting.Silent(), stop_after, on_divergence)
         return
     made_with = environment.describe(world.device, world.size, config.seed, data_root)
-    made_with |= {"execution": trainer.execution.name}
+    made_with |= {"execution": trainer.execution.name, "on_divergence": on_divergence}
+    made_with |= {"data": trainer.dataset.checksum()}
     if not directory.config_file.exists():
         directory.start(config)
     elif directory.config() != config:  # begun since this process looked, before it had the lock
@@ -63,9 +66,10 @@ def train(
     earlier = directory.environments()
     directory.add_environment(made_with)
     console.print(f"run directory: {directory.path}", markup=False, soft_wrap=True)
-    if earlier and (changed := environment.changes(earlier[-1], made_with)):
+    changed = list(environment.differences(earlier[-1], made_with)) if earlier else []
+    if changed:
         console.print(
-            f"resumed with {changed}: it may end with other bits than unbroken",
+            f"resumed where it may end with other bits than unbroken ({'; '.join(changed)})",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -77,7 +81,7 @@ def train(
             ]
             if tensorboard:
                 watchers.append(stack.enter_context(closing(Events(directory))))
-            session.run(trainer, directory, Watchers(watchers), stop_after)
+            session.run(trainer, directory, Watchers(watchers), stop_after, on_divergence)
     except KeyboardInterrupt:
         with suppress(Exception):  # the interruption is what is to be told
             _draw(directory)
@@ -121,9 +125,21 @@ def evaluate(
         with reporting.evaluating(console, name, images) as on_batch:
             rows[epoch] = (name, session.measure(network, dataset, how, seed, on_batch))
     _show(console, dataset, how, list(rows.values()))
+    constant = _accuracy_of_one_class(dataset)
+    for name, errors in rows.values():
+        if _near_chance(1 - errors.standard_error / 100, constant):
+            console.print(
+                f"warning: near chance: {name} has a standard error of {errors.standard_error:.2f}%"
+                f", one class for all {100 * (1 - constant):.2f}%; its training has collapsed",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+    facts = environment.describe(dataset.x_test.device, 1, seed, None)
+    made_with = {"environment": facts, "data": dataset.checksum()}
     directory.add_results(
         [
-            {"network": name, **dataclasses.asdict(how), **errors.as_dict()}
+            {"network": name, **dataclasses.asdict(how), **errors.as_dict(), **made_with}
             for name, errors in rows.values()
         ]
     )
@@ -160,10 +176,10 @@ def evaluate_outside(
     for verifier in how.verifiers:  # a layer without a rule is to be noticed before the attack
         VERIFIERS[verifier].decide(network, as_float(x[:1]), y[:1], how.epsilon, 0.0)
     accuracy = 1 - misclassified(network, x, y) / len(y)
-    constant = y.bincount().max().item() / len(y)
+    constant = _accuracy_of_one_class(dataset)
     line = f"{name}: classifies {accuracy:.2%} of the {len(y)} test images rightly"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if accuracy < constant + NEAR_CHANCE * (1 - constant):
+    if _near_chance(accuracy, constant):
         console.print(
             f"warning: that is near chance (one class for all: {constant:.2%}); it takes images in "
             f"[0, 1] of shape {dataset.image_shape}, with its normalisation inside",
@@ -177,6 +193,15 @@ def evaluate_outside(
         content = {"network": name, "dataset": dataset.name, **dataclasses.asdict(how)}
         with replacing(output) as partial:
             partial.write_text(json.dumps(content | errors.as_dict(), indent=2) + "\n")
+
+
+def _accuracy_of_one_class(dataset: Dataset) -> float:
+    """Of the most frequent one, on the test images."""
+    return dataset.y_test.bincount().max().item() / len(dataset.y_test)
+
+
+def _near_chance(accuracy: float, constant: float) -> bool:
+    return accuracy < constant + NEAR_CHANCE * (1 - constant)
 
 
 def _show(

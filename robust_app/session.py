@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_app import checkpoint, methods
+from robust_app import checkpoint, divergence, methods
 from robust_app.config import Config
 from robust_app.data import Dataset
+from robust_app.divergence import Diverged
 from robust_app.errors import UserError
 from robust_app.evaluation import Errors, evaluate
 from robust_app.networks import build_network
@@ -32,7 +33,13 @@ def best_epoch(metrics: list[dict[str, Any]]) -> int | None:
     return int(best["epoch"])
 
 
-def run(trainer: Trainer, directory: RunDirectory, watcher: Watcher, stop_after: int) -> None:
+def run(
+    trainer: Trainer,
+    directory: RunDirectory,
+    watcher: Watcher,
+    stop_after: int,
+    on_divergence: str = divergence.STOP,
+) -> None:
     """Train until ``stop_after`` epochs are done, from where the directory's checkpoint left off.
 
     An epoch is done once its checkpoint is written: whatever moment the run is killed at, it
@@ -44,19 +51,17 @@ def run(trainer: Trainer, directory: RunDirectory, watcher: Watcher, stop_after:
         directory: begun, and locked by the leading process.
         watcher: told of every batch and epoch.
         stop_after: number of epochs, counted from the start of the run.
+        on_divergence: one of :data:`robust_app.divergence.CHOICES`.
 
     Raises:
         UserError: if the checkpoint is damaged or of another network, or metrics are missing.
+        Diverged: in every process, with the same words.
     """
     if directory.checkpoint_file.exists():
         _restore(trainer, directory)
     elif directory.metrics():
         raise UserError(f"{directory.checkpoint_file}: missing, so the run cannot be resumed")
-    if not trainer.world.agree_on(trainer.epochs_done):
-        raise UserError(
-            f"{directory.checkpoint_file}: the processes see different checkpoints; "
-            "they need one shared folder"
-        )
+    _check_agreement(trainer, directory)
     metrics = directory.metrics()[: trainer.epochs_done]
     if len(metrics) < trainer.epochs_done:
         raise UserError(
@@ -69,10 +74,41 @@ def run(trainer: Trainer, directory: RunDirectory, watcher: Watcher, stop_after:
         else:
             _mend(trainer, directory, metrics)
     while trainer.epochs_done < stop_after:
-        metrics.append(trainer.train_epoch(watcher))
+        try:
+            metrics.append(trainer.train_epoch(watcher))
+        except Diverged as error:
+            if on_divergence == divergence.STOP:
+                raise
+            _go_back(trainer, directory, watcher, error)
+            continue
         if trainer.world.leads:
             _save(trainer, directory, metrics)
         watcher.epoch(metrics[-1])  # told last: what the user has seen is safe
+
+
+def _go_back(trainer: Trainer, directory: RunDirectory, watcher: Watcher, error: Diverged) -> None:
+    """Continue from the last checkpoint at a lower learning rate, and note it there."""
+    scale = trainer.learning_rate_scale * divergence.FACTOR
+    if scale < divergence.LEAST:
+        raise error
+    _restore(trainer, directory)
+    _check_agreement(trainer, directory)  # also: all have read the file that is replaced now
+    trainer.learning_rate_scale = scale
+    if trainer.world.leads:
+        divergence.record(directory.path, error.where, scale)
+        checkpoint.save(FORMAT | trainer.state_dict(), directory.checkpoint_file)
+    watcher.note(
+        f"training diverged in {error.where}; it goes on after epoch {trainer.epochs_done} "
+        f"at {scale:g} of the learning rate"
+    )
+
+
+def _check_agreement(trainer: Trainer, directory: RunDirectory) -> None:
+    if not trainer.world.agree_on(trainer.epochs_done):
+        raise UserError(
+            f"{directory.checkpoint_file}: the processes see different checkpoints; "
+            "they need one shared folder"
+        )
 
 
 def _save(trainer: Trainer, directory: RunDirectory, metrics: list[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """The training loop (paper, Algorithm 2)."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from robust_app.compilation import CompiledLosses
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
+from robust_app.divergence import Diverged, FirstFault, all_finite, described
 from robust_app.errors import UserError
 from robust_app.evaluation import CHUNK, standard_and_certified
 from robust_app.execution import Eager, Report, Values
@@ -24,7 +26,7 @@ from robust_app.fosc import Stationarity
 from robust_app.layerwise import split
 from robust_app.losses import Objective
 from robust_app.networks import build_network
-from robust_app.schedules import Phase, setting
+from robust_app.schedules import Phase, Setting, setting
 from robust_app.steps import Batch, Losses
 from robust_app.watching import Means, Watcher
 
@@ -42,6 +44,7 @@ class Trainer:
     Attributes:
         network: all layers, also those that a layer-wise stage has frozen.
         stage: 0 while all of them train, s in the s-th layer-wise stage.
+        learning_rate_scale: multiplies the learning rate that the schedule says.
 
     Raises:
         UserError: if a name is unknown, the method does not fit the configuration, the data do
@@ -63,6 +66,7 @@ class Trainer:
         if config.batch_norm and config.batch_size < 2:
             raise UserError("batch_size: expected at least 2 with batch_norm, found 1")
         self.config, self.world, self.execution = config, world, execution
+        self.dataset = dataset
         self.method = methods.find(config.method)
         parts = data.split(dataset, config.held_out, config.seed)
         self.x, self.labels, self.held_out_x, self.held_out_labels = (
@@ -73,14 +77,20 @@ class Trainer:
                 f"batch_size: expected at most the {len(self.x)} training images, "
                 f"found {config.batch_size}"
             )
-        torch.manual_seed(config.seed)
-        network = build_network(config, dataset, trainable=True)
-        self.network = network.to(world.device)
+        self._initialize()
         split(self.network, config.stages)  # refuses a stage beyond the last layer now
         self.stationarity = Stationarity()
         self.priority = Threshold(self.stationarity, limit=config.fosc_maximum)
         self.epochs_done = 0
+        self.learning_rate_scale = 1.0
+        self.faults = FirstFault(2, world.device)
         self.begin_stage(0)
+
+    def _initialize(self) -> None:
+        """The network as training begins."""
+        torch.manual_seed(self.config.seed)
+        network = build_network(self.config, self.dataset, trainable=True)
+        self.network = network.to(self.world.device)
 
     def begin_stage(self, stage: int) -> None:
         """Freeze the layers before the stage's input; a fresh optimizer for the rest (A.6).
@@ -114,7 +124,7 @@ class Trainer:
             moment_decay=self.config.moment_decay,
             rule=rule(self.config),
             priority=self.priority,
-            nonfinite="skip" if self._on_gpu else "raise",  # to raise, it would have to look
+            nonfinite="skip",  # what was skipped is looked for here
             **options,
         )
         self.run_step = self.execution(self._step, self.world.device)
@@ -131,6 +141,7 @@ class Trainer:
         """All that changes from epoch to epoch."""
         return {
             "epochs_done": self.epochs_done,
+            "learning_rate_scale": self.learning_rate_scale,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -143,12 +154,14 @@ class Trainer:
                 run.
         """
         epochs_done = state["epochs_done"]
+        self._initialize()  # a later stage has frozen and folded layers
         self.begin_stage(setting(self.config, max(epochs_done - 1, 0)).stage)
         self.network.load_state_dict(state["network"])
         # A run may continue on another device or by another execution.
         groups = [group | self._adam_options() for group in state["optimizer"]["param_groups"]]
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.epochs_done = epochs_done
+        self.learning_rate_scale = state.get("learning_rate_scale", 1.0)  # older runs have none
 
     def certifiable(self) -> nn.Module:
         """The network as it is evaluated and saved: in evaluation mode, BatchNorm folded away."""
@@ -161,33 +174,28 @@ class Trainer:
             The epoch's line of ``metrics.jsonl``.
 
         Raises:
-            UserError: if a loss or gradient is not finite; says where.
+            Diverged: if a loss or gradient is not finite, in every process alike; says where.
         """
         started = time.perf_counter()
         epoch, means = self.epochs_done, Means()
         steps = len(self.x) // self.config.batch_size
-        now = setting(self.config, epoch)
+        now = self._setting(epoch)
         if now.stage != self.stage:
             self.begin_stage(now.stage)
+        self.faults.forget()
         self.losses.network.train()
         for number, (x, labels, start) in enumerate(self._batches(epoch)):
-            now = setting(self.config, epoch + number / steps)
-            try:
-                with precision.products_in(self.config.precision):
-                    means.add(self.run_step(now, x, labels, start))
-            except FloatingPointError as error:
-                raise _diverged(f"epoch {epoch + 1}, batch {number + 1}: {error}") from error
+            now = self._setting(epoch + number / steps)
+            with precision.products_in(self.config.precision):
+                report = self.run_step(now, x, labels, start)
+            if not self._on_gpu:  # to look there would be to wait
+                self._check_steps(epoch, steps)
+            means.add(report)
             watcher.batch(epoch, number + 1, steps, now, Means() if self._on_gpu else means)
         averages = means.read(over=parallel.average)
-        # On the CPU the optimizer has looked at each joint step; all else is looked at here.
-        finite = all(parameter.isfinite().all() for parameter in self.network.parameters())
-        if not finite or not all(map(math.isfinite, averages.values())):
-            raise _diverged(f"epoch {epoch + 1}: a mean loss or a parameter is not finite")
-        if self.optimizer.skipped:
-            raise _diverged(
-                f"epoch {epoch + 1}: {self.optimizer.skipped} gradients were not finite"
-            )
+        self._check_steps(epoch, steps)
         self._estimate_statistics()
+        self._check_outcome(epoch, averages)
         self.epochs_done += 1
         return {
             "epoch": self.epochs_done,
@@ -196,10 +204,38 @@ class Trainer:
             "epsilon": now.epsilon,
             "fosc_threshold": now.fosc_threshold,
             "learning_rate": now.learning_rate,
+            "learning_rate_scale": self.learning_rate_scale,
             **averages,
             **self._measure(),
             "seconds": time.perf_counter() - started,
         }
+
+    def _setting(self, t: float) -> Setting:
+        """What the schedules say, with the learning rate that the run has come down to."""
+        now = setting(self.config, t)
+        return dataclasses.replace(now, learning_rate=now.learning_rate * self.learning_rate_scale)
+
+    def _check_steps(self, epoch: int, steps: int) -> None:
+        """Raise Diverged if a loss or gradient of the epoch's steps so far was not finite."""
+        found = self.faults.found()
+        if found is not None:
+            batch, indices = found
+            phase = setting(self.config, epoch + (batch - 1) / steps).phase
+            names = methods.losses_of(self.method, phase)
+            what = described([names[index] for index in indices])
+            raise Diverged(f"epoch {epoch + 1}, batch {batch}: {what}", self.learning_rate_scale)
+
+    def _check_outcome(self, epoch: int, averages: dict[str, float]) -> None:
+        """Raise Diverged if what the epoch leaves is not finite: it is not to be saved."""
+        x = batches.as_float(self.x[: self.config.batch_size])
+        finite = all_finite(self.certifiable(), self.optimizer, x)
+        spoiled = torch.tensor(int(not finite), device=self.world.device)
+        if self.world.total(spoiled) or not all(map(math.isfinite, averages.values())):
+            raise Diverged(
+                f"epoch {epoch + 1}: a mean loss, a parameter, Adam's state or an output is not "
+                "finite",
+                self.learning_rate_scale,
+            )
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This process's images, labels and random starts, a function of seed and epoch alone."""
@@ -236,9 +272,7 @@ class Trainer:
         losses = self.losses.of(names, batch, values)
         self.optimizer.zero_grad()
         if len(names) == 1:
-            loss = next(losses)
-            torch.autograd.backward(loss)
-            report = {f"{names[0]}_loss": loss.detach()}
+            report = self._single_backward(names[0], next(losses))
         else:
             report = self._joint_backward(names, losses)
         if self.config.gradient_clip < math.inf:
@@ -246,10 +280,21 @@ class Trainer:
         self.optimizer.step()
         return report
 
+    def _single_backward(self, name: str, loss: Tensor) -> Report:
+        """One loss as it is."""
+        # The gradients are averaged over the processes. So that none goes on alone, that of a loss
+        # that is not finite is made so too.
+        torch.autograd.backward(loss, torch.where(loss.isfinite(), 1.0, torch.nan))
+        gradients = [p.grad for p in self.losses.network.parameters() if p.grad is not None]
+        largest = nn.utils.get_total_norm(gradients, math.inf)  # a sum of squares could overflow
+        self.faults.note(largest.isfinite()[None])
+        return {f"{name}_loss": loss.detach()}
+
     def _joint_backward(self, names: tuple[str, ...], losses: Iterator[Tensor]) -> Report:
         """Both losses, weighed by their past."""
         record = self.optimizer.backward(losses)
         assert record is not None  # only None while accumulating
+        self.faults.note(record.finite)
         report = {}
         for index, name in enumerate(names):
             report[f"{name}_loss"] = record.losses[index]
@@ -286,10 +331,3 @@ class Trainer:
             "standard_error": 100 * wrong / len(self.held_out_x),
             "verified_error": 100 * (len(self.held_out_x) - proved) / len(self.held_out_x),
         }
-
-
-def _diverged(where: str) -> UserError:
-    return UserError(
-        f"training diverged in {where}; the checkpoint before it is whole "
-        "(try a lower learning_rate)"
-    )

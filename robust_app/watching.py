@@ -22,6 +22,9 @@ class Watcher(Protocol):
     def epoch(self, metrics: dict[str, Any]) -> None:
         """After each epoch is saved, with its line of ``metrics.jsonl``."""
 
+    def note(self, text: str) -> None:
+        """Of what is out of the ordinary, in a line."""
+
 
 @dataclass(frozen=True)
 class Watchers:
@@ -38,6 +41,11 @@ class Watchers:
         """Tell each."""
         for watcher in self.watchers:
             watcher.epoch(metrics)
+
+    def note(self, text: str) -> None:
+        """Tell each."""
+        for watcher in self.watchers:
+            watcher.note(text)
 
 
 @dataclass

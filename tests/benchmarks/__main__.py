@@ -7,7 +7,6 @@ is measured anew replaces its own rows only.
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -81,12 +80,7 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
 
 def processor() -> str:
     """The name of the processor and how many of its cores this process may use."""
-    name = platform.processor() or platform.machine()
-    file = Path("/proc/cpuinfo")
-    if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    return f"{environment.processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def record_of(moments):
     k = len(moments)
     zeros = torch.zeros(k, dtype=torch.float64)
     lengths = torch.linalg.vector_norm(moments, dim=1)
-    return Record(zeros, zeros, zeros, moments @ moments.T, lengths, torch.tensor(0))
+    finite = torch.ones(k, dtype=torch.bool)
+    return Record(zeros, zeros, zeros, moments @ moments.T, lengths, torch.tensor(0), finite)
 
 
 @pytest.mark.parametrize(

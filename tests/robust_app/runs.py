@@ -1,6 +1,7 @@
 """Short runs for the tests of training."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -54,6 +55,28 @@ def full_strength(method: str, **changes: object) -> Config:
     schedule = at_once | {"fosc_decay_epochs": 0.0, "milestones": (), "learning_rate": 1e-3}
     small = {"method": method, "epsilon": 0.03, "batch_size": 32, "held_out": 32}
     return dataclasses.replace(recipes.load("digits"), **(schedule | small | changes))
+
+
+class Spoils(Silent):
+    """Breaks a parameter after a batch, as long as the learning rate is above a limit.
+
+    Args:
+        trainer: whose last weights to break.
+        epoch, batch: when, from 1.
+        value: what to put there.
+        limit: of the learning rate.
+    """
+
+    def __init__(self, trainer, epoch, batch, value=math.nan, limit=0.0):
+        self.trainer, self.when, self.value, self.limit = trainer, (epoch, batch), value, limit
+        self.notes = []
+
+    def batch(self, epoch, batch, batches, now, means):
+        if (epoch + 1, batch) == self.when and now.learning_rate > self.limit:
+            self.trainer.network[-1].weight.data[0, 0] = self.value
+
+    def note(self, text):
+        self.notes.append(text)
 
 
 # What a method needs beyond the default.

@@ -243,8 +243,11 @@ def test_an_example_is_attacked_until_broken():
     network = Recorder(two_classes([1.0, 1.0], bias=-1.0))
     x = torch.tensor([[0.2, 0.2], [0.501, 0.501], [0.9, 0.9]], dtype=torch.float64)
     labels = torch.tensor([0, 0, 0])
+    of_two_restarts = torch.empty(3, 2, 2, dtype=torch.float64)
     start_far_from_the_boundary = next(
-        seed for seed in range(100) if (uniform_start(x[1:], generator(seed))[0] > 0.5).all()
+        seed
+        for seed in range(100)
+        if (uniform_start(of_two_restarts, generator(seed))[1, 0] > 0.5).all()
     )
     result = falsified(
         network,
@@ -281,6 +284,30 @@ def test_every_iterate_counts_the_start_included():
     }
     assert hits
     assert found == hits
+
+
+@given(parts=st.lists(st.integers(1, 4), min_size=1, max_size=6), restarts=st.integers(1, 3))
+def test_the_starts_are_the_same_in_however_many_parts_the_images_come(parts, restarts):
+    """Also where some images fall before others have begun."""
+    network = Recorder(two_classes([1.0, -1.0, 0.5], bias=0.0))
+    x = torch.rand(sum(parts), 3, generator=generator(5), dtype=torch.float64)
+    labels = torch.zeros(len(x), dtype=torch.int64)
+
+    def asked(sizes):
+        network.asked.clear()
+        source = generator(7)
+        verdicts = [
+            falsified(network, images, classes, 0.05, steps=1, restarts=restarts, generator=source)
+            for images, classes in zip(x.split(sizes), labels.split(sizes), strict=True)
+        ]
+        return torch.cat(verdicts), {
+            tuple(row) for batch in network.asked for row in batch.tolist()
+        }
+
+    verdicts, points = asked(parts)
+    all_verdicts, all_points = asked([len(x)])
+    assert torch.equal(verdicts, all_verdicts)
+    assert points == all_points
 
 
 def test_restarts_begin_at_other_points():

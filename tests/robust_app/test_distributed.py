@@ -16,14 +16,16 @@ import torch
 import torch.multiprocessing
 from rich.console import Console
 
-from robust_app import data
+from robust_app import data, divergence
 from robust_app.config import Config
 from robust_app.distributed import ProcessLost, World, join
 from robust_app.methods import METHODS
 from robust_app.reporting import Silent, watcher
+from robust_app.run_directory import RunDirectory
+from robust_app.session import run
 from robust_app.training import Trainer
 from robust_app.watching import Watcher
-from tests.robust_app.runs import ALONE, SHI, few_digits, full_strength, short_config
+from tests.robust_app.runs import ALONE, SHI, Spoils, few_digits, full_strength, short_config
 
 
 def certified_parameters(trainer: Trainer) -> torch.Tensor:
@@ -72,6 +74,33 @@ def outcome(trainer: Trainer, watch: Watcher) -> dict[str, Any]:
     return {"start": start, "parameters": certified_parameters(trainer), "metrics": metrics}
 
 
+PHASES = {"natural": {"natural_epochs": 3.0}, "main": {}}
+SPOILED = {
+    "natural": "the natural loss or its gradient is not finite",
+    "main": "the adversarial and certified losses or their gradients are not finite",
+}
+
+
+def diverging(phase: str, world: World, folder: Path) -> dict[str, Any]:
+    """A run that the last process alone spoils: what it ends with, and how it goes on."""
+    config = full_strength("advibp", epochs=3, **PHASES[phase])
+    directory = RunDirectory(folder / phase)
+    directory.path.mkdir(exist_ok=True)
+    found: dict[str, Any] = {}
+    for on_divergence in divergence.CHOICES:
+        made = Trainer(config, few_digits(), world)
+        epoch = 2 if world.rank == world.size - 1 else 99
+        spoils = Spoils(made, epoch, 1, limit=config.learning_rate / 3)
+        try:
+            run(made, directory, spoils, 3, on_divergence)
+        except divergence.Diverged as error:
+            found["told"] = str(error)
+        else:
+            found |= {"notes": spoils.notes, "scale": made.learning_rate_scale}
+            found["parameters"] = certified_parameters(made)
+    return found
+
+
 def _train_in_parallel(rank: int, size: int, folder: Path, kinds: list[str]) -> None:
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in environment.items()})
@@ -90,6 +119,8 @@ def _train_in_parallel(rank: int, size: int, folder: Path, kinds: list[str]) -> 
             terminal = Console(file=io.StringIO(), force_terminal=world.leads)
             with watcher(terminal, made.config.total_epochs) as watch:
                 found[kind] = outcome(made, watch)
+        if size == 2:
+            found["diverging"] = {phase: diverging(phase, world, folder) for phase in PHASES}
         torch.save(found, folder / f"{rank}.pt")
 
 
@@ -134,6 +165,22 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["digits", *KINDS])
 def test_two_processes_train_as_one_does(kind, two_processes):
     assert_as_alone([rank[kind] for rank in two_processes], outcome(trainer(kind, ALONE), Silent()))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_explodes_in_one_process_is_told_alike_by_all_and_they_go_on_together(
+    two_processes, phase
+):
+    for found in (rank["diverging"][phase] for rank in two_processes):
+        where = f"epoch 2, batch 2: {SPOILED[phase]}"
+        assert found["told"].startswith(f"training diverged in {where}; the checkpoint before")
+        assert found["notes"] == [
+            f"training diverged in {where}; it goes on after epoch 1 at {scale} of the "
+            "learning rate"
+            for scale in (0.5, 0.25)
+        ]
+        assert found["scale"] == 0.25
+    assert torch.equal(*(rank["diverging"][phase]["parameters"] for rank in two_processes))
 
 
 @pytest.mark.slow

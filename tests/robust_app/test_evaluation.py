@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from robust_app.attacks import falsified, uniform_start
 from robust_app.evaluation import Contradiction, Errors, Share, evaluate, standard_and_certified
+from robust_app.run_directory import RunDirectory
+from robust_app.session import load_network
 from robust_app.verifiers import VERIFIERS, Verdict, Verifier
 
 
@@ -132,6 +134,26 @@ def test_as_dict_is_for_json():
         "verified_error": 75.0,
         "shares": {"pgd": {"examples": 4, "certified": 0, "falsified": 2, "seconds": 0.5}},
     }
+
+
+def trained_on_digits(digits_run, digits) -> tuple[nn.Module, Tensor, Tensor]:
+    network, _ = load_network(RunDirectory(digits_run), digits, "best")
+    return network, digits.x_test[:100], digits.y_test[:100]
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_the_same_seed_finds_the_same_in_batches_of_any_size(digits_run, digits, size, monkeypatch):
+    """Where PGD breaks some only from some starts: they may not depend on the batches."""
+    arguments = (*trained_on_digits(digits_run, digits), 0.15)
+    attack = {"pgd_steps": 1, "pgd_restarts": 2}
+
+    def found(seed: int) -> Errors:
+        return evaluate(*arguments, **attack, seed=seed)
+
+    at_once = found(0)
+    monkeypatch.setattr("robust_app.evaluation.CHUNK", size)
+    assert counts(found(0)) == counts(at_once)
+    assert len({counts(found(seed)) for seed in range(4)}) > 1
 
 
 # --- Cascades

@@ -103,14 +103,15 @@ def test_methods_differ_only_where_both_losses_are_weighed(tmp_path):
 
 def test_divergence_is_told_with_epoch_and_cause_and_keeps_the_checkpoint(tmp_path):
     config = short_config(learning_rate=1e30, gradient_clip=float("inf"))
-    with pytest.raises(UserError, match=r"training diverged in epoch 1"):
+    told = r"diverged in epoch 1, batch 2: the (natural|adversarial) loss or its gradient is not"
+    with pytest.raises(UserError, match=told):
         trained(config, tmp_path)
     assert checkpoint.load(tmp_path / "checkpoint.pt")["epochs_done"] == 0
 
 
 def test_divergence_in_the_joint_phase_names_the_batch_and_the_loss(tmp_path):
     config = short_config(natural_epochs=0.0, adversarial_epochs=0.0, learning_rate=1e30)
-    with pytest.raises(UserError, match=r"epoch 1, batch 2: not finite: losses\[0\]"):
+    with pytest.raises(UserError, match=r"epoch 1, batch 2: the adversarial( and certified)? loss"):
         trained(config, tmp_path)
 
 
@@ -245,7 +246,7 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
                 trainer.network[-1].weight.data[0, 0] = float("nan")
 
     files = RunDirectory(tmp_path)
-    with pytest.raises(UserError, match=r"diverged in epoch 1: a mean loss or a parameter"):
+    with pytest.raises(UserError, match=r"diverged in epoch 1: a mean loss, a parameter,"):
         run(trainer, files, Spoils(), 3)
     assert checkpoint.load(files.checkpoint_file)["epochs_done"] == 0
 

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from robust_app.interruption import stoppable
-from tests.soak import adversity, certificates, kills, ranks, writes
+from tests.soak import adversity, certificates, kills, optimizer, ranks, writes
 from tests.soak.effort import FULL, QUICK, Effort
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -27,6 +27,7 @@ PARTS: Mapping[str, Callable[[Effort, Console, Path], None]] = {
     "writes": writes.soak,
     "adversity": adversity.soak,
     "ranks": ranks.soak,
+    "optimizer": optimizer.soak,
 }
 
 

@@ -17,6 +17,7 @@ class Effort:
         restarts: of them under torchrun.
         epochs: that a network of the digits is trained for, whose certificates are attacked.
         attempts: on these.
+        steps: of optimizers, in all cases together.
     """
 
     kills: int
@@ -28,6 +29,7 @@ class Effort:
     restarts: int
     epochs: int
     attempts: int
+    steps: int
 
 
 FULL = Effort(
@@ -40,6 +42,7 @@ FULL = Effort(
     restarts=5,
     epochs=40,
     attempts=1_000_000,
+    steps=100_000,
 )
 QUICK = Effort(
     kills=4,
@@ -51,4 +54,5 @@ QUICK = Effort(
     restarts=0,
     epochs=10,
     attempts=5_000,
+    steps=1_000,
 )

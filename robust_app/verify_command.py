@@ -1,0 +1,97 @@
+"""The command ``robust-app verify-run``."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from robust_app import data, distributed, environment, reporting, verify_run
+from robust_app.errors import UserError
+from robust_app.options import DataRoot, Device, Download
+from robust_app.run_directory import RunDirectory
+from robust_app.verify_run import Claim
+
+NAMES = {
+    "standard_error": "standard",
+    "pgd_error": "PGD",
+    "verified_error": "verified",
+    "falsified": "falsified",
+}
+
+
+def verify(
+    run_dir: Annotated[Path, typer.Argument(help="Of a run, complete or paused.")],
+    data_root: DataRoot = None,
+    download: Download = False,
+    device: Device = "auto",
+) -> None:
+    """Repeat a run's measurements and say of each figure whether it is the same.
+
+    Status 0 if all are, 1 if not. Changes nothing.
+    """
+    directory = RunDirectory(run_dir)
+    config = directory.config()
+    with distributed.join(device) as world:
+        if not world.leads:
+            return
+        dataset = data.load(config.dataset, data_root or directory.data_root(), download)
+        verify_run.check_data(directory, dataset)
+        dataset = dataset.to(world.device)
+        networks = verify_run.load_networks(directory, dataset)
+        console = reporting.console()
+        progress = partial(reporting.evaluating, console)
+        claims = [
+            *verify_run.of_held_out_images(directory, dataset, networks),
+            *verify_run.of_test_images(directory, dataset, networks, progress),
+        ]
+        here = environment.describe(world.device, 1, config.seed, None)
+    if not claims:
+        raise UserError(f"{run_dir}: nothing to verify, no figure of a saved network is reported")
+    console.print(_table(str(run_dir), claims))
+    _conclude(console, claims, verify_run.differences(claims, here))
+    if not all(claim.holds for claim in claims):
+        raise typer.Exit(1)
+
+
+def _table(title: str, claims: Sequence[Claim]) -> Table:
+    columns = ("reported in", "network of epoch", "figure", "reported", "found", "")
+    table = reporting.listing(columns, [_row(claim) for claim in claims])
+    table.title = title
+    return table
+
+
+def _row(claim: Claim) -> tuple[str, ...]:
+    """A claim's cells.
+
+    >>> _row(Claim("metrics.jsonl", 3, "standard_error", 4.0, 4.25, {}))
+    ('metrics.jsonl', '3', 'standard', '4.00%', '4.25%', 'off by +0.25')
+    """
+    unit = "" if claim.figure == "falsified" else "%"
+    shown = [
+        "" if value is None else f"{value:.2f}%" if unit else str(value)
+        for value in (claim.reported, claim.found)
+    ]
+    if claim.found is None:
+        verdict = "this network is not kept"
+    elif claim.holds:
+        verdict = "same"
+    else:
+        verdict = f"off by {claim.found - claim.reported:+.3g}"
+    return (claim.where, str(claim.epoch), NAMES[claim.figure], *shown, verdict)
+
+
+def _conclude(console: Console, claims: Sequence[Claim], elsewhere: Sequence[str]) -> None:
+    compared = [claim for claim in claims if claim.found is not None]
+    wrong = sum(not claim.holds for claim in claims)
+    lines = [f"{len(compared)} figures compared: {wrong or 'none'} differ{'s' * (wrong == 1)}"]
+    if elsewhere:
+        lines.append("made in another environment, in which roundings may differ:")
+        lines += [f"  {difference}" for difference in elsewhere]
+    elif wrong:
+        lines.append("the environment is the same: the run's files were changed, or the code")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,164 @@
+"""Whether a run's networks have the errors that the run reported."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from robust_app import data, environment, methods, session, verifiers
+from robust_app.config import Config
+from robust_app.data import Dataset
+from robust_app.errors import UserError
+from robust_app.evaluation import standard_and_certified
+from robust_app.run_directory import RunDirectory
+from robust_app.session import Examination
+
+FIGURES = ("standard_error", "pgd_error", "verified_error", "falsified")
+
+Networks = Mapping[int, nn.Module]
+"""Those that a run keeps, by their epoch."""
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""What to tell of the images that were done, given a name and their number."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A figure that a run reported.
+
+    Attributes:
+        where: it did.
+        epoch: of the network.
+        figure: its name.
+        reported: what the run said: errors in percent, or a number of images.
+        found: what its network gives now; None if it is kept no longer.
+        made_with: the environment it was reported from, empty if unknown.
+    """
+
+    where: str
+    epoch: int
+    figure: str
+    reported: float
+    found: float | None
+    made_with: Mapping[str, Any]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing speaks against it."""
+        return self.found is None or self.found == self.reported
+
+
+def check_data(directory: RunDirectory, dataset: Dataset) -> None:
+    """See that the data are those of the run, where it noted their checksum.
+
+    Raises:
+        UserError: if they are others.
+    """
+    noted = [made["data"] for made in directory.environments() if "data" in made]
+    if noted and dataset.checksum() != noted[-1]:
+        raise UserError(
+            f"{directory.path}: made on other data than these ({noted[-1][:15]}…, found "
+            f"{dataset.checksum()[:15]}…); give the run's with --data-root"
+        )
+
+
+def load_networks(directory: RunDirectory, dataset: Dataset) -> Networks:
+    """The best and the last network of a run.
+
+    Raises:
+        UserError: if a file is damaged or of another network, or there is none.
+    """
+    names = [name for name in ("best", "last") if (directory.path / f"{name}.pt").exists()]
+    if not names:
+        raise UserError(f"{directory.path}: nothing to verify, no network is saved")
+    loaded = (session.load_network(directory, dataset, name) for name in names)
+    return {epoch: network for network, epoch in loaded}
+
+
+def of_held_out_images(
+    directory: RunDirectory, dataset: Dataset, networks: Networks
+) -> Iterator[Claim]:
+    """The errors that ``metrics.jsonl`` has for the epochs whose networks are kept."""
+    config, environments = directory.config(), directory.environments()
+    made_with = environments[-1] if environments else {}
+    lines = {line["epoch"]: line for line in directory.metrics()}
+    for epoch in sorted(networks.keys() & lines.keys()):
+        if lines[epoch]["verified_error"] is not None:
+            for figure, error in held_out_errors(networks[epoch], dataset, config).items():
+                reported = lines[epoch][figure]
+                yield Claim("metrics.jsonl", epoch, figure, reported, error, made_with)
+
+
+def held_out_errors(network: nn.Module, dataset: Dataset, config: Config) -> dict[str, float]:
+    """As training measures them after an epoch, in percent."""
+    _, _, x, labels = data.split(dataset, config.held_out, config.seed)
+    wrong, proved = standard_and_certified(
+        network, x, labels, config.evaluation_epsilon, methods.verifiers_of(config)
+    ).tolist()
+    return {
+        "standard_error": 100 * wrong / len(x),
+        "verified_error": 100 * (len(x) - proved) / len(x),
+    }
+
+
+def of_test_images(
+    directory: RunDirectory, dataset: Dataset, networks: Networks, progress: Progress
+) -> Iterator[Claim]:
+    """The figures of each evaluation in ``results.json``, repeated as it was made.
+
+    Raises:
+        UserError: if an entry is damaged, or of other data.
+    """
+    config, environments = directory.config(), directory.environments()
+    for number, entry in enumerate(directory.results(), 1):
+        where = f"results.json, {number}"
+        try:
+            how, epoch = _examination(entry), _epoch(entry["network"])
+            reported = {figure: entry[figure] for figure in FIGURES}
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{directory.results_file}: damaged (entry {number}: {error})"
+            raise UserError(reason) from error
+        if entry.get("data", dataset.checksum()) != dataset.checksum():
+            raise UserError(f"{directory.results_file}: entry {number} is of other data than these")
+        made_with = entry.get("environment") or (environments[-1] if environments else {})
+        found: dict[str, Any] = {}
+        if epoch in networks:
+            with progress(where, how.images or len(dataset.x_test)) as on_batch:
+                errors = session.measure(networks[epoch], dataset, how, config.seed, on_batch)
+            found = errors.as_dict()
+        for figure, value in reported.items():
+            yield Claim(where, epoch, figure, value, found.get(figure), made_with)
+
+
+def _examination(entry: Mapping[str, Any]) -> Examination:
+    given = {field.name: entry[field.name] for field in fields(Examination) if field.name in entry}
+    if "verifiers" in given:
+        given["verifiers"] = verifiers.parse(",".join(given["verifiers"]))
+    return Examination(**given)
+
+
+def _epoch(network: str) -> int:
+    """Of a network by the name that an evaluation gave it.
+
+    >>> _epoch("best, last (epoch 12)")
+    12
+    """
+    found = re.search(r"\(epoch (\d+)\)$", network)
+    if found is None:
+        raise ValueError(f"expected a network with its epoch, found {network!r}")
+    return int(found[1])
+
+
+def differences(claims: Sequence[Claim], here: Mapping[str, Any]) -> list[str]:
+    """In what the environments of claims differ from the one here, each difference once.
+
+    Args:
+        claims: of one run.
+        here: what :func:`robust_app.environment.describe` says.
+    """
+    found = (environment.differences(claim.made_with, here) for claim in claims)
+    return list(dict.fromkeys(chain.from_iterable(found)))

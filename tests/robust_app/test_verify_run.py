@@ -1,0 +1,195 @@
+"""``robust-app verify-run``: what a run reported, measured again."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from robust_app import checkpoint, environment
+from robust_app.environment import FACTS
+from robust_app.run_directory import RunDirectory
+from robust_app.verify_run import Claim, differences
+from tests.robust_app.refusals import assert_refused
+
+TRAIN = (
+    *("--epochs", "3", "--set", "batch_size=400", "--set", "pgd_steps=3", "--seed", "1"),
+    *("--set", "learning_rate=0.003", "--set", "evaluation_epsilon=0.02"),
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with two evaluations, that nobody changes; its images are its own."""
+    return {}
+
+
+@pytest.fixture
+def run(robust_app, tmp_path, made):
+    """A copy of it, where the command is called."""
+    if not made:  # once, but by way of the command
+        random = np.random.default_rng(0)
+        images = {
+            name: random.integers(256, size=(count, 8, 8), dtype=np.uint8)
+            for name, count in (("x_train", 60), ("x_test", 40))
+        }
+        labels = {f"y{name[1:]}": x.mean((1, 2)) > 127 for name, x in images.items()}
+        whole = {name: y.astype(np.int64) for name, y in labels.items()} | images
+        np.savez(tmp_path / "mine.npz", **whole)
+        options = ("--set", "dataset=npz:mine.npz", "--set", "held_out=20", "--set")
+        assert robust_app("train", *TRAIN, *options, "batch_size=20", "--run-dir", "run")[0] == 0
+        more = ("--epsilon", "0.004", "--verifier", "ibp,crown-ibp", "--images", "15")
+        assert robust_app("evaluate", "run", *more)[0] == 0
+        made["data"] = whole
+        for file in (tmp_path / "run").iterdir():
+            made[file.name] = file.read_bytes()
+    (tmp_path / "run").mkdir(exist_ok=True)
+    for name in made.keys() - {"data"}:
+        (tmp_path / "run" / name).write_bytes(made[name])
+    config = tmp_path / "run" / "config.toml"
+    lines = config.read_text().splitlines()
+    lines[0] = f'dataset = "npz:{tmp_path / "mine.npz"}"'
+    config.write_text("\n".join(lines) + "\n")
+    np.savez(tmp_path / "mine.npz", **made["data"])
+    return RunDirectory(tmp_path / "run")
+
+
+def rewrite(run, name, change):
+    """Change the entries of ``environment.json`` or ``results.json``."""
+    file = run.path / name
+    entries = json.loads(file.read_text())
+    for entry in entries:
+        change(entry)
+    file.write_text(json.dumps(entries))
+
+
+def test_a_run_as_it_was_made_agrees_in_every_figure(robust_app, run):
+    before = {file.name: file.read_bytes() for file in run.path.iterdir()}
+    status, out, err = robust_app("verify-run", "run")
+    assert (status, err) == (0, "")
+    kept = {checkpoint.load(file)["epoch"] for file in (run.best_file, run.last_file)}
+    compared = 2 * len(kept) + 4 * len(run.results())
+    assert f"{compared} figures compared: none differ\n" in out
+    assert out.count(" same ") == compared
+    assert "off by" not in out
+    assert {file.name: file.read_bytes() for file in run.path.iterdir()} == before
+
+
+def test_a_figure_that_is_not_so_is_told_with_its_distance(robust_app, run):
+    rewrite(run, "environment.json", lambda made: made.update(commit="1a2b"))
+    rewrite(run, "results.json", lambda entry: entry["environment"].update(commit="1a2b"))
+    results = run.results()
+    results[-1]["pgd_error"] -= 20
+    run.results_file.write_text(json.dumps(results))
+    metrics = run.metrics()
+    metrics[-1]["standard_error"] += 5
+    run.write_metrics(metrics)
+    status, out, _ = robust_app("verify-run", "run")
+    assert status == 1
+    assert out.count("off by") == 2
+    assert "off by +20" in out
+    assert "off by -5" in out
+    assert "figures compared: 2 differ\n" in out
+    assert "made in another environment" in out
+    assert "commit: 1a2b, here" in out
+
+
+def test_another_network_is_noticed(robust_app, run):
+    saved = checkpoint.load(run.last_file)
+    final = [key for key in saved["network"] if key.endswith("weight")][-1]
+    saved["network"][final].neg_()
+    checkpoint.save(saved, run.last_file)
+    if run.best_file.exists() and checkpoint.load(run.best_file)["epoch"] == saved["epoch"]:
+        checkpoint.save(saved, run.best_file)
+    rewrite(run, "environment.json", lambda made: made.pop("commit"))
+    rewrite(run, "results.json", lambda entry: entry["environment"].pop("commit"))
+    status, out, _ = robust_app("verify-run", "run")
+    assert status == 1
+    assert "off by" in out
+    assert "the environment is the same: the run's files were changed, or the code" in out
+
+
+def test_the_environment_is_named_where_it_is_another_one(robust_app, run):
+    def elsewhere(made):
+        made["packages"]["torch"] = "1.0"
+        made["threads"] = 77
+        made["settings"]["mkldnn"] = False
+
+    rewrite(run, "environment.json", elsewhere)
+    status, out, _ = robust_app("verify-run", "run")
+    assert status == 0  # a difference that makes no difference
+    for line in ("torch: 1.0, here", "threads: 77, here 1", "mkldnn: False, here True"):
+        assert f"  {line}" in out
+        assert out.count(line) == 1
+
+
+def test_other_data_are_refused_in_one_line(robust_app, run, tmp_path, made):
+    changed = {name: array.copy() for name, array in made["data"].items()}
+    changed["x_test"][3, 4, 5] ^= 1
+    np.savez(tmp_path / "mine.npz", **changed)
+    for command in (("verify-run", "run"), ("train", "--run-dir", "run", "--resume")):
+        assert_refused(robust_app(*command), "run: made on other data than these", "--data-root")
+    rewrite(run, "environment.json", lambda made: made.pop("data"))  # known from the results
+    assert_refused(robust_app("verify-run", "run"), "results.json: entry 1 is of other data")
+
+
+def test_a_run_of_an_older_version_is_verified_all_the_same(robust_app, run):
+    def forget(made):
+        for name in ("data", "processor", "cpu_capability", "settings", "cuda", "environment"):
+            made.pop(name, None)
+
+    rewrite(run, "environment.json", forget)
+    rewrite(run, "results.json", forget)
+    status, out, _ = robust_app("verify-run", "run")
+    assert status == 0
+    assert "none differ" in out
+    run.environment_file.unlink()
+    assert robust_app("verify-run", "run")[0] == 0
+
+
+def test_what_cannot_be_compared_is_said(robust_app, run):
+    def later(entry):
+        entry["network"] = "last (epoch 99)"
+
+    rewrite(run, "results.json", later)
+    status, out, _ = robust_app("verify-run", "run")
+    assert status == 0
+    assert out.count("this network is not kept") == 4 * len(run.results())
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: shutil.rmtree(run.path), ("no run here",)),
+        (lambda run: (run.best_file.unlink(), run.last_file.unlink()), ("no network is saved",)),
+        (
+            lambda run: rewrite(run, "results.json", lambda entry: entry.pop("pgd_error")),
+            ("results.json: damaged", "entry 1", "pgd_error"),
+        ),
+        (
+            lambda run: rewrite(run, "results.json", lambda entry: entry.update(network="mine")),
+            ("results.json: damaged", "'mine'"),
+        ),
+        (
+            lambda run: rewrite(run, "results.json", lambda entry: entry.update(verifiers=["no"])),
+            ("unknown verifier 'no'",),
+        ),
+        (
+            lambda run: (run.results_file.unlink(), run.metrics_file.unlink()),
+            ("nothing to verify",),
+        ),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(robust_app, run, damage, words):
+    damage(run)
+    assert_refused(robust_app("verify-run", "run"), *words)
+
+
+def test_every_fact_is_in_the_environment_and_a_difference_is_told_once():
+    here = environment.describe(torch.device("cpu"), 1, 0, None)
+    assert set(FACTS) - {"execution"} <= here.keys()  # which a run adds itself
+    clean = here | {"commit": None}
+    claims = [Claim("results.json, 1", 1, "pgd_error", 1.0, 1.0, clean | {"threads": -1})] * 2
+    assert differences(claims, clean) == [f"threads: -1, here {here['threads']}"]
+    assert differences([Claim("", 1, "pgd_error", 1.0, 1.0, {})], clean) == []
