@@ -5,7 +5,6 @@ import io
 import json
 
 import pytest
-import torch
 from rich.console import Console
 
 from robust_app import runner
@@ -64,16 +63,15 @@ def test_curves_that_cannot_be_drawn_do_not_hide_the_interruption(trainer, direc
 def test_what_a_run_is_resumed_with_is_told_where_it_differs(trainer, directory, monkeypatch):
     interrupt(trainer, directory)
     [made] = directory.environments()
-    packages = made["packages"] | {"torch": "2.0"}
-    made = made | {"processes": 3, "packages": packages, "commit": None}
+    older = {"packages": made["packages"] | {"torch": "2.0"}, "processes": 3, "commit": None}
     monkeypatch.setattr("robust_app.environment._commit", lambda: None)  # the tree may be dirty
-    directory.environment_file.write_text(json.dumps([made]))
+    directory.environment_file.write_text(json.dumps([made | older]))
     said = io.StringIO()
     again = Interrupted(trainer.config, few_digits(), ALONE)
     console = Console(file=said, width=200)
     with pytest.raises(KeyboardInterrupt):
         runner.train(again, directory, console, data_root=None, stop_after=3)
-    here = torch.__version__
+    here = made["packages"]["torch"]
     assert f"other bits than unbroken (torch: 2.0, here {here}; processes: 3" in said.getvalue()
     said.truncate(0)
     with pytest.raises(KeyboardInterrupt):
