@@ -312,10 +312,8 @@ class UnbiasedMultiGradient(Wrapper):
             moments.update(weighed, weighed_norms, scale=unscale, keep=mask)
             self._moments = moments
         if keep is not False or scaler is not None:
+            # Not where there is a scaler, which looks for what overflowed:
             drop = None if mask is None or scaler is not None else ~mask
-            if scaler is not None:
-                # It looks at gradients alone, which a loss that is not finite may leave finite.
-                total = torch.where(finite.all(), total, torch.nan)
             for parameter, gradient in combine(collected.gradients, total).items():
                 if drop is not None:
                     local(gradient).masked_fill_(drop, 0.0)

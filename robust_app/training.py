@@ -286,8 +286,8 @@ class Trainer:
         # that is not finite is made so too.
         torch.autograd.backward(loss, torch.where(loss.isfinite(), 1.0, torch.nan))
         gradients = [p.grad for p in self.losses.network.parameters() if p.grad is not None]
-        largest = nn.utils.get_total_norm(gradients, math.inf)  # a sum of squares could overflow
-        self.faults.note(largest.isfinite()[None])
+        ends = torch.stack([end for gradient in gradients for end in gradient.aminmax()])
+        self.faults.note(ends.isfinite().all()[None])  # a sum of squares could overflow
         return {f"{name}_loss": loss.detach()}
 
     def _joint_backward(self, names: tuple[str, ...], losses: Iterator[Tensor]) -> Report:
