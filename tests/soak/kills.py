@@ -178,12 +178,13 @@ def soak(effort: Effort, console: Console, output: Path) -> None:
 
         def progress(killed: Killed) -> None:
             found = {
+                "kills asked for": wanted,
                 "kills": {kind: dict(counts) for kind, counts in sorted(killed.fell.items())},
                 "runs equal to the unbroken one": killed.runs,
                 "processor seconds of the unbroken one": round(seconds, 2),
                 "seconds": round(time.perf_counter() - started),
             }
-            report.save("kills", found, output)
+            report.save("kills", effort, found, output)
             console.print(f"  {found}", highlight=False, soft_wrap=True)
 
         attempts.run(wanted, progress)

@@ -44,7 +44,7 @@ def soak(effort: Effort, console: Console, output: Path) -> None:
                     lost.restart(number)
                 found[f"{lost.size} processes"] = lost.found()
                 found["seconds"] = round(time.perf_counter() - started)
-                report.save("ranks", found, output)
+                report.save("ranks", effort, found, output)
                 console.print(f"  {found}", highlight=False, soft_wrap=True)
 
 

@@ -8,9 +8,10 @@ import torch
 
 from robust_app import environment
 from tests.benchmarks.__main__ import processor
+from tests.soak.effort import QUICK, Effort
 
 
-def save(part: str, found: dict[str, Any], folder: Path) -> None:
+def save(part: str, effort: Effort, found: dict[str, Any], folder: Path) -> None:
     """Write ``reliability-PART.json``."""
     made = environment.describe(torch.device("cpu"), processes=1, seed=0, data_root=None)
     facts = {
@@ -20,7 +21,7 @@ def save(part: str, found: dict[str, Any], folder: Path) -> None:
         "torch": torch.__version__,
         "threads": made["threads"],
         "commit": made["commit"],
-        "command": f"python -m tests.soak {part}",
+        "command": f"python -m tests.soak {part}{' --quick' if effort == QUICK else ''}",
     }
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"made with": facts, **found}, indent=2, ensure_ascii=False)
