@@ -60,7 +60,7 @@ def soak(effort: Effort, console: Console, output: Path) -> None:
                 found[told] = f"skipped: {reason}"
             console.print(f"  {told}: {found[told]}", highlight=False, soft_wrap=True)
     found["seconds"] = round(time.perf_counter() - started)
-    report.save("adversity", found, output)
+    report.save("adversity", report.command("adversity", effort), found, output)
 
 
 def refused(child: Forked, *words: str) -> None:

@@ -52,7 +52,7 @@ def soak(effort: Effort, console: Console, folder: Path) -> None:
         session.run(trainer, directory, Silent(), config.total_epochs)
         found = examine(directory, digits, effort.attempts, console)
     found["seconds"] = round(time.perf_counter() - started, 1)
-    report.save("certificates", found, folder)
+    report.save("certificates", report.command("certificates", effort), found, folder)
 
 
 def examine(
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str]) -> None:
     found = examine(directory, dataset, given.attempts, Console())
     name = directory.config().dataset
     command = "python -m tests.soak.certificates RUN_DIR --data-root DIR --output DIR"
-    report.save(f"certificates-{name}", found, given.output, command)
+    report.save(f"certificates-{name}", command, found, given.output)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ QUICK = Effort(
     limits=1,
     lost=1,
     restarts=0,
-    epochs=10,
+    epochs=4,
     attempts=5_000,
     steps=1_000,
 )

@@ -110,7 +110,7 @@ class Attempts:
             status = child.wait(60)
         errors = child.errors.read_text()
         early = place == "starting" and status == -number  # before the program has begun
-        if status == 0 and number != signal.SIGKILL:
+        if status == 0:
             return False  # it was done already
         if errors or not (status == STATUS[number] or early):
             raise Unsound(f"{folder}: {kind} in {place} gave status {status}, {errors}")
@@ -178,12 +178,13 @@ def soak(effort: Effort, console: Console, output: Path) -> None:
 
         def progress(killed: Killed) -> None:
             found = {
+                "kills asked for": wanted,
                 "kills": {kind: dict(counts) for kind, counts in sorted(killed.fell.items())},
                 "runs equal to the unbroken one": killed.runs,
                 "processor seconds of the unbroken one": round(seconds, 2),
                 "seconds": round(time.perf_counter() - started),
             }
-            report.save("kills", found, output)
+            report.save("kills", report.command("kills", effort), found, output)
             console.print(f"  {found}", highlight=False, soft_wrap=True)
 
         attempts.run(wanted, progress)

@@ -214,4 +214,4 @@ def soak(effort: Effort, console: Console, output: Path) -> None:
     for name, case in CASES.items():
         found[name] = use(case, effort.steps // len(CASES))
         console.print(f"  {name}: {found[name]}", highlight=False)
-        report.save("optimizer", found, output)
+        report.save("optimizer", report.command("optimizer", effort), found, output)

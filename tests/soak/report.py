@@ -8,10 +8,20 @@ import torch
 
 from robust_app import environment
 from tests.benchmarks.__main__ import processor
+from tests.soak.effort import QUICK, Effort
 
 
-def save(part: str, found: dict[str, Any], folder: Path, command: str | None = None) -> None:
-    """Write ``reliability-PART.json``; the command is ``tests.soak PART`` unless given."""
+def command(part: str, effort: Effort) -> str:
+    """That runs a part.
+
+    >>> command("kills", QUICK)
+    'python -m tests.soak kills --quick'
+    """
+    return f"python -m tests.soak {part}{' --quick' if effort == QUICK else ''}"
+
+
+def save(part: str, command: str, found: dict[str, Any], folder: Path) -> None:
+    """Write ``reliability-PART.json``."""
     made = environment.describe(torch.device("cpu"), processes=1, seed=0, data_root=None)
     facts = {
         "processor": processor(),
@@ -20,7 +30,7 @@ def save(part: str, found: dict[str, Any], folder: Path, command: str | None = N
         "torch": torch.__version__,
         "threads": made["threads"],
         "commit": made["commit"],
-        "command": command or f"python -m tests.soak {part}",
+        "command": command,
     }
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"made with": facts, **found}, indent=2, ensure_ascii=False)

@@ -69,4 +69,4 @@ def soak(effort: Effort, console: Console, output: Path) -> None:
             at += effort.every
             console.print(f"  {survived} steps", highlight=False)
     found = {"steps of writes": survived, "seconds": round(time.perf_counter() - started)}
-    report.save("writes", found, output)
+    report.save("writes", report.command("writes", effort), found, output)
