@@ -16,7 +16,7 @@ from robust_app.compilation import CompiledLosses
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
-from robust_app.errors import UserError
+from robust_app.errors import UserError, shown
 from robust_app.evaluation import CHUNK, standard_and_certified
 from robust_app.execution import Eager, Report, Values
 from robust_app.folding import fold
@@ -139,16 +139,31 @@ class Trainer:
         """Continue where :meth:`state_dict` was taken, to the same bits on the CPU.
 
         Raises:
-            KeyError, ValueError, TypeError, AttributeError, RuntimeError: the state is of another
-                run.
+            LookupError, ValueError, TypeError, AttributeError, RuntimeError: the state is of
+                another run.
         """
-        epochs_done = state["epochs_done"]
+        epochs_done, total = state["epochs_done"], self.config.total_epochs
+        if not isinstance(epochs_done, int) or not 0 <= epochs_done <= total:
+            raise ValueError(f"epochs_done: expected 0 to {total}, found {shown(epochs_done)}")
         self.begin_stage(setting(self.config, max(epochs_done - 1, 0)).stage)
         self.network.load_state_dict(state["network"])
-        # A run may continue on another device or by another execution.
-        groups = [group | self._adam_options() for group in state["optimizer"]["param_groups"]]
+        # The options are the configuration's: a run may continue on another device or by another
+        # execution.
+        pairs = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+        groups = [ours | {"params": saved["params"]} for saved, ours in pairs]
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        self._check_optimizer_state()
         self.epochs_done = epochs_done
+
+    def _check_optimizer_state(self) -> None:
+        """See that Adam can step from the state that it was given; torch's loading does not."""
+        for parameter, state in self.optimizer.state.items():
+            shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
+            moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.shape)
+            if shapes and shapes != {"step": torch.Size(), **moments}:
+                raise ValueError(f"optimizer: expected Adam's state of {parameter.shape}")
+            if shapes and not 0 <= state["step"].item() < math.inf:
+                raise ValueError(f"optimizer: expected a number of steps, found {state['step']}")
 
     def certifiable(self) -> nn.Module:
         """The network as it is evaluated and saved: in evaluation mode, BatchNorm folded away."""
