@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all bench docs check clean
+.PHONY: demo test test-all bench fuzz docs check clean
 
 demo: .venv/app
 	$(BIN)/robust-app train
@@ -17,6 +17,9 @@ test-all: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python -m tests.benchmarks
+
+fuzz: .venv/dev
+	$(BIN)/python -m tests.fuzz
 
 docs: .venv/dev
 	$(BIN)/mkdocs build --strict --config-file .mkdocs.yml

@@ -123,7 +123,11 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     if data_root is None:
         raise UserError(f"dataset {name} needs --data-root, the folder its files lie in")
     source, packed = _TORCHVISION[name], data_root / f"{name}.npz"
-    if packed.is_file():
+    try:
+        is_packed = packed.is_file()
+    except OSError as error:  # of a name that is too long, or a folder that may not be read
+        raise UserError(f"dataset {name}: {data_root}: {one_line(error)}") from error
+    if is_packed:
         arrays = _read_npz(packed)
     else:
         arrays = _read_torchvision(name, source, data_root, download)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TOML_SIZE, JSON_SIZE = 2**18, 2**26
+TOML_SIZE, JSON_SIZE = 2**16, 2**26
 """Bytes of a file, at most."""
 
 DOTS = 100

@@ -104,7 +104,7 @@ class RunDirectory:
     def data_root(self) -> Path | None:
         """Where the run found its data when it was last started, if it was told."""
         roots = [made["data_root"] for made in self.environments() if made["data_root"]]
-        if not all(isinstance(root, str) for root in roots):
+        if not all(isinstance(root, str) and root.isprintable() for root in roots):
             raise UserError(f"{self.environment_file}: damaged (a data_root that is no path)")
         return Path(roots[-1]) if roots else None
 

@@ -147,11 +147,16 @@ class Trainer:
             raise ValueError(f"epochs_done: expected 0 to {total}, found {shown(epochs_done)}")
         self.begin_stage(setting(self.config, max(epochs_done - 1, 0)).stage)
         self.network.load_state_dict(state["network"])
+        saved = state["optimizer"]
+        if not isinstance(saved, dict) or not all(
+            isinstance(g, dict) for g in saved["param_groups"]
+        ):
+            raise TypeError("optimizer: expected mappings")
         # The options are the configuration's: a run may continue on another device or by another
         # execution.
-        pairs = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
-        groups = [ours | {"params": saved["params"]} for saved, ours in pairs]
-        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        pairs = zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+        groups = [ours | {"params": theirs["params"]} for theirs, ours in pairs]
+        self.optimizer.load_state_dict(saved | {"param_groups": groups})
         self._check_optimizer_state()
         self.epochs_done = epochs_done
 

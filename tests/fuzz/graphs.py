@@ -115,7 +115,8 @@ def _model(nodes: list[Any], floats: dict[str, Any], integers: dict[str, Any]) -
         [numpy_helper.from_array(value, name) for name, value in arrays.items()],
     )
     opsets = [helper.make_opsetid("", 18)]
-    return helper.make_model(made, opset_imports=opsets, ir_version=8)
+    model = helper.make_model(made, opset_imports=opsets, ir_version=8)
+    return onnx.shape_inference.infer_shapes(model)
 
 
 def _messages(message: Any) -> list[Any]:
@@ -194,7 +195,9 @@ def _node(model: Any, random: Random) -> None:
     elif kind == 3:
         inner = helper.make_graph([], "in", [], [])
         for _ in range(random.choice((1, 5, 20))):
-            inner = helper.make_graph([helper.make_node("If", ["c"], ["d"], then_branch=inner)], "", [], [])
+            inner = helper.make_graph(
+                [helper.make_node("If", ["c"], ["d"], then_branch=inner)], "", [], []
+            )
         nodes.append(helper.make_node("If", ["c"], ["d"], then_branch=inner, else_branch=inner))
     else:
         shape = [random.choice(SIZES) for _ in range(random.choice((1, 2, 4)))]
@@ -221,7 +224,16 @@ def _tensor(model: Any, random: Random) -> None:
     else:
         tensor.ClearField("raw_data")
         tensor.data_location = TensorProto.EXTERNAL
-        places = ("net.data", "net.data", "../../etc/hostname", "/etc/hostname", "link", "", ".", "x")
+        places = (
+            "net.data",
+            "net.data",
+            "../../etc/hostname",
+            "/etc/hostname",
+            "link",
+            "",
+            ".",
+            "x",
+        )
         entries = {"location": random.choice(places)}
         if random.random() < 0.5:
             entries["length"] = str(random.choice((*SIZES, 16)))
