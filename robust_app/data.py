@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robust_app import archives
-from robust_app.errors import UserError, one_line, unknown
+from robust_app.errors import UserError, one_line, shown, unknown
 
 Arrays = Mapping[str, NDArray[Any]]
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -126,7 +126,7 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     try:
         is_packed = packed.is_file()
     except OSError as error:  # of a name that is too long, or a folder that may not be read
-        raise UserError(f"dataset {name}: {data_root}: {one_line(error)}") from error
+        raise UserError(f"dataset {name}: {shown(str(data_root))}: {one_line(error)}") from error
     if is_packed:
         arrays = _read_npz(packed)
     else:

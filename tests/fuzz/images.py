@@ -80,7 +80,8 @@ def _other_array(array: Any, random: Random) -> Any:
     if kind == 3:
         return random.choice((array[None], array[..., None], array.T, array.ravel()))
     if kind == 4:
-        return array * random.choice((float("nan"), float("inf"), -1.0, 1e30))
+        with np.errstate(all="ignore"):
+            return array * random.choice((float("nan"), float("inf"), -1.0, 1e30))
     if kind == 5:
         return np.full_like(array, random.choice((0, 1, 127)))
     if kind == 6:

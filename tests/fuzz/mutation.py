@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import random
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -146,9 +147,9 @@ def zipped(parts: Members, deflated: bool = False, bombs: Sequence[str] = ()) ->
     """A zip archive, with the right checksums; some members go on with zeros for very long."""
     target = io.BytesIO()
     kind = zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED
-    with zipfile.ZipFile(target, "w", kind, strict_timestamps=False) as file:
+    with zipfile.ZipFile(target, "w", kind) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that come twice
         for name, content in parts:
-            # Names may come twice, which zipfile warns of.
             info = zipfile.ZipInfo(name)
             info.compress_type = kind
             with file.open(info, "w", force_zip64=True) as member:
