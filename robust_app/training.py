@@ -62,6 +62,12 @@ class Trainer:
             )
         if config.batch_norm and config.batch_size < 2:
             raise UserError("batch_size: expected at least 2 with batch_norm, found 1")
+        largest = max(dataset.image_shape[1:])
+        if config.augment and config.crop_padding > largest:  # more would leave nothing to see
+            raise UserError(
+                f"crop_padding: expected at most {largest} for images of {largest} pixels, "
+                f"found {config.crop_padding}"
+            )
         self.config, self.world, self.execution = config, world, execution
         self.method = methods.find(config.method)
         parts = data.split(dataset, config.held_out, config.seed)

@@ -350,6 +350,17 @@ def test_a_state_that_adam_could_not_step_from_is_refused(state, change):
         Trainer(config, few_digits(), ALONE).load_state_dict(damaged)
 
 
+@pytest.mark.parametrize("padding", [9, 10**15])
+def test_crops_of_images_that_are_padded_out_of_sight_are_refused(padding):
+    for allowed in (
+        full_strength("advibp", augment=True, crop_padding=8),
+        full_strength("advibp", augment=False, crop_padding=padding),
+    ):
+        Trainer(allowed, few_digits(), ALONE)
+    with pytest.raises(UserError, match="crop_padding: expected at most 8"):
+        Trainer(full_strength("advibp", augment=True, crop_padding=padding), few_digits(), ALONE)
+
+
 @pytest.mark.parametrize("damaged", [torch.zeros(()), {"param_groups": [torch.zeros(())]}, [1]])
 def test_a_state_of_no_mappings_is_refused(state, damaged):
     with pytest.raises(TypeError, match="mappings"):
