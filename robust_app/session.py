@@ -1,5 +1,6 @@
 """A run in its directory: begun or resumed, saved after every epoch, evaluated at the end."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,9 @@ def _restore(trainer: Trainer, directory: RunDirectory) -> None:
     path = directory.checkpoint_file
     state = checkpoint.load(path)
     try:
-        trainer.load_state_dict(state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what is refused here anyway
+            trainer.load_state_dict(state)
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: does not fit this run ({one_line(error)})") from error
 
