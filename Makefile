@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all bench soak docs check clean
+.PHONY: demo test test-all bench soak fuzz docs check clean
 
 demo: .venv/app
 	$(BIN)/robust-app train
@@ -20,6 +20,9 @@ bench: .venv/dev
 
 soak: .venv/dev
 	$(BIN)/python -m tests.soak
+
+fuzz: .venv/dev
+	$(BIN)/python -m tests.fuzz
 
 docs: .venv/dev
 	$(BIN)/mkdocs build --strict --config-file .mkdocs.yml

@@ -1,8 +1,8 @@
 """Files that are whole or not there, and that execute nothing when read."""
 
 import errno
+import math
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from robust_app.errors import UserError
+from robust_app import archives
+from robust_app.errors import UserError, one_line
 
 
 def save(content: dict[str, Any], path: Path) -> None:
@@ -73,12 +75,10 @@ def load(path: Path) -> dict[str, Any]:
         UserError: if the file is missing or not such a file.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of foreign pickles, which are refused here anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = archives.read_tensors(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # torch raises whatever its unpickler stumbled over
+    except ValueError as error:
         raise UserError(f"{path}: not a checkpoint of robust-app") from error
     if not isinstance(content, dict) or content.get("format") != "robust-app 1":
         raise UserError(f"{path}: not a checkpoint of robust-app")
@@ -93,6 +93,21 @@ def restore(network: nn.Module, state: dict[str, Any], path: Path) -> None:
     """
     try:
         network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: holds another network ({reason})") from error
+    # Of what is no mapping of tensors, torch finds out in many ways.
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: holds another network ({one_line(error)})") from error
+
+
+def check_adam(optimizer: Optimizer) -> None:
+    """See that Adam can step from the state that it was given; torch's loading does not.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    for parameter, state in optimizer.state.items():
+        shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
+        moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.shape)
+        if shapes and shapes != {"step": torch.Size(), **moments}:
+            raise ValueError(f"optimizer: expected Adam's state of {parameter.shape}")
+        if shapes and not 0 <= state["step"].item() < math.inf:
+            raise ValueError(f"optimizer: expected a number of steps, found {state['step']}")

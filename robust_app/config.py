@@ -7,12 +7,12 @@ import dataclasses
 import json
 import math
 import sys
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
-from robust_app.errors import UserError, unknown
+from robust_app import documents
+from robust_app.errors import UserError, shown, unknown
 from robust_app.precision import PRECISIONS
 
 
@@ -177,7 +177,7 @@ class Config:
         for name, rule in _RULES.items():
             value = getattr(self, name)
             if not rule.admits(value):
-                raise UserError(f"{name}: expected {rule.expectation}, found {value!r}")
+                raise UserError(f"{name}: expected {rule.expectation}, found {shown(value)}")
             object.__setattr__(self, name, rule.convert(value))
         main = max(self.ramp_epochs, self.certified_epochs)
         needed = self.natural_epochs + self.adversarial_epochs + main
@@ -254,7 +254,7 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
 
 def _toml_value(text: str) -> object:
     try:
-        document = tomllib.loads(f"value = {text}")
+        document = documents.parse_toml(f"value = {text}")
     except ValueError:
         return text
     # A line break in the text would add keys: then it is no value.

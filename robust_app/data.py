@@ -6,7 +6,8 @@ any worker that would feed it.
 
 import dataclasses
 import hashlib
-import zipfile
+import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -18,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robust_app.errors import UserError, unknown
+from robust_app import archives
+from robust_app.errors import UserError, one_line, shown, unknown
 
 Arrays = Mapping[str, NDArray[Any]]
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -135,7 +137,11 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     if data_root is None:
         raise UserError(f"dataset {name} needs --data-root, the folder its files lie in")
     source, packed = _TORCHVISION[name], data_root / f"{name}.npz"
-    if packed.is_file():
+    try:
+        is_packed = packed.is_file()
+    except OSError as error:  # of a name that is too long, or a folder that may not be read
+        raise UserError(f"dataset {name}: {shown(str(data_root))}: {one_line(error)}") from error
+    if is_packed:
         arrays = _read_npz(packed)
     else:
         arrays = _read_torchvision(name, source, data_root, download)
@@ -144,14 +150,8 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
 
 def _read_npz(path: Path) -> Arrays:
     try:
-        with path.expanduser().open("rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError("not a zip archive, or cut short")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                found = list(archive)
-                arrays = {key: archive[key] for key in KEYS if key in found}
-    except Exception as error:  # a damaged archive may raise almost anything
+        arrays, found = archives.read_arrays(path.expanduser(), KEYS)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError of a home that is not there
         raise UserError(f"{path}: cannot be read as an .npz file ({_reason(error)})") from error
     if len(arrays) < len(KEYS):
         raise UserError(
@@ -170,9 +170,15 @@ def _read_torchvision(name: str, source: _Source, root: Path, download: bool) ->
             f"dataset {name}: {', '.join(missing)} not found in {folder}; "
             "give another --data-root, or --download to fetch the files"
         )
+    maker = getattr(datasets, source.class_name)
     try:
+        if source.files == _IDX:
+            if missing:
+                maker(root, download=True)
+            return _read_idx(folder)
+        # It unpickles files of the right checksums alone.
         parts = {
-            part: getattr(datasets, source.class_name)(root, train=train, download=download)
+            part: maker(root, train=train, download=download)
             for part, train in (("train", True), ("test", False))
         }
     except Exception as error:  # a damaged file may raise almost anything
@@ -188,10 +194,36 @@ def _read_torchvision(name: str, source: _Source, root: Path, download: bool) ->
     return images | labels
 
 
+def _read_idx(folder: Path) -> Arrays:
+    """The four files of :data:`_IDX`.
+
+    Raises:
+        OSError: one cannot be read.
+        ValueError: one is not as long as its header says.
+    """
+    arrays = (_idx(folder / file, 3 if "images" in file else 1) for file in _IDX)
+    return dict(zip(KEYS, arrays, strict=True))
+
+
+def _idx(path: Path, dimensions: int) -> NDArray[Any]:
+    """Bytes of a shape that a header of big-endian numbers says."""
+    with path.open("rb") as file:
+        magic, *shape = np.frombuffer(file.read(4 * (1 + dimensions)), ">u4").tolist()
+        size = file.seek(0, io.SEEK_END) - 4 * (1 + dimensions)
+        expected = 0x800 + dimensions  # 8 is of bytes
+        if magic != expected or len(shape) != dimensions or math.prod(shape) != size:
+            raise ValueError(
+                f"{path.name}: expected the number {expected} and {dimensions} sizes, of as many "
+                f"bytes as follow, found {magic}, {shape} and {size} bytes"
+            )
+        file.seek(-size, io.SEEK_END)
+        return np.frombuffer(bytearray(file.read()), np.uint8).reshape(shape)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
 def _assemble(

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 200
+"""Characters of a value in an error."""
+
 
 class UserError(Exception):
     """Something the user can mend; the message is one clear line that says what and how."""
@@ -14,5 +17,27 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     >>> print(unknown("recipe", "digit", ["digits", "mnist-dm-small"]))
     unknown recipe 'digit'; the nearest known is 'digits'
     """
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-    return UserError(f"unknown {kind} {name!r}; the nearest known is {nearest!r}")
+    # To compare a very long name takes very long.
+    nearest = difflib.get_close_matches(name[:SHOWN], list(known), n=1, cutoff=0.0)[0]
+    return UserError(f"unknown {kind} {shown(name)}; the nearest known is {nearest!r}")
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an error of someone else's says, as part of a line; its kind where it says nothing.
+
+    >>> one_line(ValueError("first,\n  second")), one_line(MemoryError())
+    ('first, second', 'MemoryError')
+    """
+    words = " ".join(str(error).split())
+    text = "".join(letter if letter.isprintable() else "�" for letter in words[:most])
+    return text or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value as part of a line, cut where it is long.
+
+    >>> shown("a"), shown([0] * 1000)[-8:]
+    ("'a'", '0, 0, 0…')
+    """
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

@@ -1,7 +1,6 @@
 """The files of one training run; each is replaced whole, so that none is ever half written."""
 
 import json
-import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +8,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from robust_app import documents
 from robust_app.checkpoint import replacing
 from robust_app.config import Config
 from robust_app.errors import UserError
+from robust_app.metrics import SHOWN
 
 METRICS = ("standard_error", "verified_error", "seconds")  # what is read of an epoch's metrics
 
@@ -91,7 +92,7 @@ class RunDirectory:
             UserError: if there is no run here or its configuration is damaged.
         """
         try:
-            return Config.from_mapping(tomllib.loads(self.config_file.read_text("utf-8")))
+            return Config.from_mapping(documents.read_toml(self.config_file))
         except FileNotFoundError:
             raise UserError(f"{self.path}: no run here (config.toml is missing)") from None
         except (OSError, ValueError) as error:
@@ -105,8 +106,10 @@ class RunDirectory:
 
     def data_root(self) -> Path | None:
         """Where the run found its data when it was last started, if it was told."""
-        roots = [Path(made["data_root"]) for made in self.environments() if made["data_root"]]
-        return roots[-1] if roots else None
+        roots = [made["data_root"] for made in self.environments() if made["data_root"]]
+        if not all(isinstance(root, str) and root.isprintable() for root in roots):
+            raise UserError(f"{self.environment_file}: damaged (a data_root that is no path)")
+        return Path(roots[-1]) if roots else None
 
     def on_divergence(self) -> str | None:
         """What the run was to do on divergence when it was last started, if it was told."""
@@ -119,8 +122,21 @@ class RunDirectory:
         _write(self.environment_file, text)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One mapping an epoch, in order."""
-        return _read_list(self.metrics_file, ("epoch", *METRICS), lines=True)
+        """One mapping an epoch, in order; what is shown of it is a number or None.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        found = _read_list(self.metrics_file, ("epoch", *METRICS), lines=True)
+        if [line["epoch"] for line in found] != list(range(1, len(found) + 1)):
+            raise UserError(f"{self.metrics_file}: damaged (its epochs do not count from 1)")
+        for key in {*METRICS, *(metric.key for metric in SHOWN)}:
+            known = int | float if key == "seconds" else int | float | None
+            if not all(isinstance(line.get(key), known) for line in found):
+                raise UserError(f"{self.metrics_file}: damaged ({key} is not a number)")
+        if any((line[METRICS[0]] is None) != (line[METRICS[1]] is None) for line in found):
+            raise UserError(f"{self.metrics_file}: damaged (one of two errors is missing)")
+        return found
 
     def write_metrics(self, metrics: list[dict[str, Any]]) -> None:
         """Replace the metrics of all epochs."""
@@ -151,8 +167,7 @@ def _write(path: Path, text: str) -> None:
 def _read_list(path: Path, keys: Iterable[str], lines: bool = False) -> list[dict[str, Any]]:
     """The mappings, with these keys, of a JSON list or of JSON lines; none if there is no file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        found = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+        found = documents.read_json(path, lines)
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:

@@ -1,5 +1,6 @@
 """A run in its directory: begun or resumed, saved after every epoch, evaluated at the end."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from robust_app import checkpoint, divergence, methods
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.divergence import Diverged
-from robust_app.errors import UserError
+from robust_app.errors import UserError, one_line
 from robust_app.evaluation import Errors, evaluate
 from robust_app.networks import build_network
 from robust_app.run_directory import RunDirectory
@@ -142,10 +143,11 @@ def _restore(trainer: Trainer, directory: RunDirectory) -> None:
     path = directory.checkpoint_file
     state = checkpoint.load(path)
     try:
-        trainer.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: does not fit this run ({reason})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what is refused here anyway
+            trainer.load_state_dict(state)
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: does not fit this run ({one_line(error)})") from error
 
 
 def ends_stage(config: Config, epochs_done: int) -> bool:
@@ -169,11 +171,11 @@ def load_network(
     """
     path = directory.path / f"{which}.pt"
     saved = checkpoint.load(path)
-    if not {"network", "epoch"} <= saved.keys():
+    if not {"network", "epoch"} <= saved.keys() or not isinstance(saved["epoch"], int):
         raise UserError(f"{path}: holds no network")
     network = build_network(directory.config(), dataset)
     checkpoint.restore(network, saved["network"], path)
-    return network.eval().to(dataset.x_test.device), int(saved["epoch"])
+    return network.eval().to(dataset.x_test.device), saved["epoch"]
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from mogd import Threshold, UnbiasedMultiGradient, parallel
-from robust_app import batch_norm, batches, data, methods, precision
+from robust_app import batch_norm, batches, checkpoint, data, methods, precision
 from robust_app.attacks import uniform_start
 from robust_app.compilation import CompiledLosses
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.divergence import Diverged, FirstFault, all_finite, described
-from robust_app.errors import UserError
+from robust_app.errors import UserError, shown
 from robust_app.evaluation import CHUNK, standard_and_certified
 from robust_app.execution import Eager, Report, Values
 from robust_app.folding import fold
@@ -65,6 +65,12 @@ class Trainer:
             )
         if config.batch_norm and config.batch_size < 2:
             raise UserError("batch_size: expected at least 2 with batch_norm, found 1")
+        largest = max(dataset.image_shape[1:])
+        if config.augment and config.crop_padding > largest:  # more would leave nothing to see
+            raise UserError(
+                f"crop_padding: expected at most {largest} for images of {largest} pixels, "
+                f"found {config.crop_padding}"
+            )
         self.config, self.world, self.execution = config, world, execution
         self.dataset = dataset
         self.method = methods.find(config.method)
@@ -150,18 +156,31 @@ class Trainer:
         """Continue where :meth:`state_dict` was taken, to the same bits on the CPU.
 
         Raises:
-            KeyError, ValueError, TypeError, AttributeError, RuntimeError: the state is of another
-                run.
+            LookupError, ValueError, TypeError, AttributeError, RuntimeError: the state is of
+                another run.
         """
-        epochs_done = state["epochs_done"]
+        epochs_done, total = state["epochs_done"], self.config.total_epochs
+        if not isinstance(epochs_done, int) or not 0 <= epochs_done <= total:
+            raise ValueError(f"epochs_done: expected 0 to {total}, found {shown(epochs_done)}")
+        scale = state.get("learning_rate_scale", 1.0)  # older runs have none
+        if not isinstance(scale, float) or not 0 < scale <= 1:
+            raise ValueError(f"learning_rate_scale: expected 0 to 1, found {shown(scale)}")
         self._initialize()  # a later stage has frozen and folded layers
         self.begin_stage(setting(self.config, max(epochs_done - 1, 0)).stage)
         self.network.load_state_dict(state["network"])
-        # A run may continue on another device or by another execution.
-        groups = [group | self._adam_options() for group in state["optimizer"]["param_groups"]]
-        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        saved = state["optimizer"]
+        if not isinstance(saved, dict) or not all(
+            isinstance(g, dict) for g in saved["param_groups"]
+        ):
+            raise TypeError("optimizer: expected mappings")
+        # The options are the configuration's: a run may continue on another device or by another
+        # execution.
+        pairs = zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+        groups = [ours | {"params": theirs["params"]} for theirs, ours in pairs]
+        self.optimizer.load_state_dict(saved | {"param_groups": groups})
+        checkpoint.check_adam(self.optimizer)
         self.epochs_done = epochs_done
-        self.learning_rate_scale = state.get("learning_rate_scale", 1.0)  # older runs have none
+        self.learning_rate_scale = scale
 
     def certifiable(self) -> nn.Module:
         """The network as it is evaluated and saved: in evaluation mode, BatchNorm folded away."""

@@ -2,20 +2,21 @@
 
 import importlib.util
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robust_app import archives
 from robust_app.batches import as_float
 from robust_app.data import Dataset
-from robust_app.errors import UserError
+from robust_app.errors import UserError, one_line
 from robust_app.evaluation import CHUNK
 from robust_app.exchange import packages
 from robust_app.exchange.parity import check_parity
 from robust_app.exchange.reading import from_onnx
+from robust_app.exchange.tensors import read_model
 
 PREFIXES = ("module.", "_orig_mod.")
 """What ``DataParallel`` and ``torch.compile`` put before the names of parameters."""
@@ -38,10 +39,11 @@ def from_file(path: Path, dataset: Dataset) -> nn.Sequential:
         UserError: a package is missing, the file cannot be read, the network is no chain of known
             operators, is for other images, or its logits are not those of ONNX Runtime.
     """
-    onnx = packages.onnx()
     try:
-        model = onnx.load(path)
-        onnx.checker.check_model(model)
+        model = read_model(path)
+        packages.onnx().checker.check_model(model)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file may raise almost anything
         raise UserError(f"{path}: cannot be read as ONNX ({_reason(error)})") from error
     try:
@@ -103,10 +105,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
         UserError: the file cannot be read, or is of another network; the line names parameters.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of foreign pickles, which are refused here anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler stumbled over
+        content = archives.read_tensors(path)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read as a state_dict ({_reason(error).split('. ')[0]})"
         ) from error
@@ -184,5 +184,5 @@ def _some(names: set[str]) -> str:
 
 def _reason(error: Exception) -> str:
     """An error as part of a line."""
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    name, text = type(error).__name__, one_line(error)
+    return text if text == name else f"{name}: {text}"

@@ -5,6 +5,15 @@ from typing import Any
 
 from robust_app.errors import UserError
 
+PARTS = (
+    "checker",
+    "external_data_helper",
+    "helper",
+    "numpy_helper",
+    "reference",
+    "shape_inference",
+)
+
 
 def onnx() -> Any:
     """The package onnx, with the parts used here.
@@ -12,8 +21,8 @@ def onnx() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    for part in ("onnx.checker", "onnx.helper", "onnx.numpy_helper", "onnx.reference"):
-        _imported(part)
+    for part in PARTS:
+        _imported(f"onnx.{part}")
     return _imported("onnx")
 
 

@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from robust_app.errors import UserError
+from robust_app.errors import UserError, one_line
 from robust_app.exchange import packages
+
+LARGEST_BATCH = 10_000
+"""That a model may be fixed to: as many images are made of those that there are."""
 
 ROOM = 16
 """How many times float32's own rounding two orders of summation may differ by."""
@@ -83,6 +86,8 @@ def _by_runtime(model: Any, x: Tensor) -> Tensor:
         [image] = session.get_inputs()
         batch, *shape = image.shape
         size = batch if isinstance(batch, int) else len(x)
+        if not 0 < size <= LARGEST_BATCH:
+            raise ValueError(f"a batch of {size}")
         whole = torch.arange(-(-len(x) // size) * size) % len(x)  # batches of a fixed size are full
         dtype = torch.float64 if image.type == "tensor(double)" else torch.float32
         outputs = [
@@ -91,5 +96,4 @@ def _by_runtime(model: Any, x: Tensor) -> Tensor:
         ]
         return torch.cat(outputs)[: len(x)].double()
     except Exception as error:  # of many kinds, all its own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"ONNX Runtime does not run the model ({reason})") from error
+        raise UserError(f"ONNX Runtime does not run the model ({one_line(error)})") from error

@@ -1,16 +1,21 @@
 """An ONNX model as a chain of layers that attacks and bounds know."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robust_app.errors import UserError
+from robust_app.errors import UserError, one_line, shown
 from robust_app.exchange import packages
 from robust_app.exchange.operators import LAYERS, Node
 from robust_app.layers import ElementwiseAffine
+
+NUMBERS = 2**24
+"""That a layer may make of an image, or an operator of constants."""
 
 Constants = dict[str, Any]
 """Arrays by name."""
@@ -28,8 +33,8 @@ def from_onnx(model: Any, image_shape: tuple[int, ...]) -> nn.Sequential:
     Raises:
         UserError: the model is no such chain, or is for images of another shape.
     """
-    graph, to_array = model.graph, packages.onnx().numpy_helper.to_array
-    constants = {value.name: to_array(value) for value in graph.initializer}
+    graph = model.graph
+    constants = {value.name: _initializer(value) for value in graph.initializer}
     last, shape = _input(graph, constants)
     layers = _to_shape(image_shape, shape)
     for proto in graph.node:
@@ -83,14 +88,10 @@ def _refusing(proto: Any) -> Iterator[None]:
         yield
     except Exception as error:  # torch and the reference evaluator raise almost anything
         known = isinstance(error, UserError)
-        why = str(error) if known else f"cannot be computed ({_in_a_line(error)})"
+        why = str(error) if known else f"cannot be computed ({one_line(error)})"
         raise UserError(
             f"node {proto.name or proto.output[0]}, operator {_operator(proto)}: {why}"
         ) from error
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _operator(proto: Any) -> str:
@@ -100,9 +101,42 @@ def _operator(proto: Any) -> str:
 def _computed(model: Any, proto: Any, constants: Constants) -> Constants:
     """The outputs of an operator on constants."""
     opsets = {opset.domain: opset.version for opset in model.opset_import}
+    _check_computable(proto, constants, model.opset_import)
     evaluator = packages.onnx().reference.ReferenceEvaluator(proto, opsets=opsets)
     outputs = evaluator.run(None, {name: constants[name] for name in proto.input if name})
     return dict(zip(proto.output, outputs, strict=True))
+
+
+def _check_computable(proto: Any, constants: Constants, opsets: Any) -> None:
+    """Refuse an operator whose outputs may be of any size, before any is computed.
+
+    Raises:
+        UserError: they may.
+    """
+    onnx = packages.onnx()
+    make, of_array = onnx.helper, onnx.numpy_helper.from_array
+    if any(attribute.HasField("g") or attribute.graphs for attribute in proto.attribute):
+        raise UserError("it contains a graph")
+    names = dict.fromkeys(filter(None, proto.input))
+    values = [of_array(np.asarray(constants[name]), name) for name in names]
+    outputs = [make.make_empty_tensor_value_info(name) for name in proto.output if name]
+    alone = make.make_graph([proto], "alone", [], outputs, values)
+    # Which does not compute: it knows how sizes follow from sizes, and from constants.
+    known = onnx.shape_inference.infer_shapes(make.make_model(alone, opset_imports=opsets))
+    for output in known.graph.output:
+        tensor = output.type.tensor_type
+        sizes = [dimension.dim_value for dimension in tensor.shape.dim]
+        sized = tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim)
+        if not sized or math.prod(sizes) > NUMBERS:
+            raise UserError(f"expected at most {NUMBERS} numbers, found sizes {shown(sizes)}")
+
+
+def _initializer(value: Any) -> Any:
+    """A constant of the file, as large as its bytes are."""
+    try:
+        return packages.onnx().numpy_helper.to_array(value)
+    except Exception as error:  # of sizes and types that do not fit, numpy raises many kinds
+        raise UserError(f"constant {shown(value.name)}: {one_line(error)}") from error
 
 
 def _node(proto: Any, last: str, shape: tuple[int, ...], constants: Constants) -> Node:
@@ -132,11 +166,21 @@ def _layer(node: Node) -> tuple[nn.Module, tuple[int, ...]]:
     try:
         with torch.no_grad():
             layer = LAYERS[node.operator](node).eval()
-            return layer, tuple(layer(torch.zeros(1, *node.shape)).shape[1:])
+            shape = _output_shape(layer, node.shape)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"does not fit its input of shape {node.shape} ({_in_a_line(error)})"
+            f"does not fit its input of shape {node.shape} ({one_line(error)})"
         ) from error
+    node.check(0 < math.prod(shape) <= NUMBERS, f"its output has the shape {shape}")
+    return layer, shape
+
+
+def _output_shape(layer: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a layer's output without the batch dimension; nothing is computed."""
+    state = {name: value.to("meta") for name, value in layer.state_dict().items()}
+    x = torch.empty(1, *shape, device="meta")
+    output: Tensor = torch.func.functional_call(layer, state, (x,))
+    return tuple(output.shape[1:])
 
 
 def _append(layers: list[nn.Module], layer: nn.Module) -> None:

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from robust_app import documents
 from robust_app.config import Config
 from robust_app.errors import UserError, unknown
 
@@ -154,7 +155,7 @@ def _read(name: str) -> dict[str, Any]:
     if not name.endswith(".toml"):
         raise unknown("recipe", name, _composed())
     try:
-        return tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        return documents.read_toml(Path(name))
     except OSError as error:
         raise UserError(f"recipe {name}: cannot be read ({error.strerror})") from error
     except ValueError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_app.config import Config
+from robust_app.errors import UserError, one_line
 from robust_app.reproduction.plan import Task
 from robust_app.run_directory import RunDirectory
 from robust_app.session import Examination, best_epoch
@@ -61,7 +62,7 @@ def read(out: Path, task: Task) -> Measurement:
         if epoch is not None
     }
     errors = {
-        network: {"epoch": float(epochs[network] or 0), **_errors(result)}
+        network: {"epoch": float(epochs[network] or 0), **_errors(result, directory)}
         for network, result in found.items()
         if result is not None
     }
@@ -117,7 +118,12 @@ def find_result(
     return next(matching, None)
 
 
-def _errors(result: Mapping[str, Any]) -> dict[str, float]:
-    images = result["examples"]
-    errors = {name: result[f"{name}_error"] for name in ("standard", "verified", "pgd")}
-    return errors | {"ibp": 100 * (images - result["shares"]["ibp"]["certified"]) / images}
+def _errors(result: Mapping[str, Any], directory: RunDirectory) -> dict[str, float]:
+    try:
+        images = result["examples"]
+        errors = {name: float(result[f"{name}_error"]) for name in ("standard", "verified", "pgd")}
+        return errors | {"ibp": 100 * (images - result["shares"]["ibp"]["certified"]) / images}
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{directory.results_file}: damaged ({type(error).__name__}: {one_line(error)})"
+        ) from error

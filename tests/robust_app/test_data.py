@@ -176,7 +176,7 @@ def test_npz_without_an_array_is_refused_with_what_it_holds(tmp_path):
 
 def test_npz_of_objects_is_not_unpickled(tmp_path):
     np.savez(tmp_path / "set.npz", **arrays(x_train=np.array([{}, {}], dtype=object)))
-    assert "allow_pickle=False" in refused(f"npz:{tmp_path / 'set.npz'}")
+    assert "Python objects" in refused(f"npz:{tmp_path / 'set.npz'}")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "empty", "npy"])

@@ -1,0 +1,102 @@
+"""TOML and JSON from anyone, read within bounds.
+
+What is returned can be shown, compared and written again: it is not nested deeply, and no number
+in it is too large for 64 bits.
+"""
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TOML_SIZE, JSON_SIZE = 2**16, 2**26
+"""Bytes of a file, at most."""
+
+DOTS = 100
+"""In a line of TOML: for a key of thousands of parts, Python's parser takes minutes."""
+
+DEPTH = 50
+"""Of lists and mappings in each other."""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not TOML, or beyond the bounds.
+    """
+    return parse_toml(_read(path, TOML_SIZE))
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The keys of a TOML document.
+
+    Raises:
+        ValueError: it is not TOML, or beyond the bounds.
+
+    >>> parse_toml("epsilon = 0.1")
+    {'epsilon': 0.1}
+    """
+    if any(line.count(".") > DOTS for line in text.splitlines()):
+        raise ValueError(f"a line with more than {DOTS} dots")
+    try:
+        found = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _check(found)
+    return found
+
+
+def read_json(path: Path, lines: bool = False) -> Any:
+    """The value of a JSON file, or a list of the values of its lines; all numbers are finite.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or beyond the bounds.
+    """
+    text = _read(path, JSON_SIZE)
+    try:
+        # Only at line feeds: splitlines() would also divide strings that hold other separators.
+        parts = text.removesuffix("\n").split("\n") if lines and text else [text]
+        found = [json.loads(part) for part in (parts if text or not lines else [])]
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _check(found)
+    if any(isinstance(value, float) and not math.isfinite(value) for value in _values(found)):
+        raise ValueError("a number that is not finite")
+    return found if lines else found[0]
+
+
+def _read(path: Path, most: int) -> str:
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"larger than {most} bytes")
+    return content.decode("utf-8")
+
+
+def _check(document: Any) -> None:
+    """Refuse what is nested too deeply, and integers of more than 64 bits."""
+    for value in _values(document):
+        # Even to show such an integer may fail.
+        if isinstance(value, int) and not -(2**63) <= value < 2**64:
+            raise ValueError("an integer of more than 64 bits")
+
+
+def _values(document: Any) -> Iterator[Any]:
+    """All that is in a document, itself included, without recursion."""
+    level, depth = [document], 0
+    while level:
+        yield from level
+        if depth > DEPTH:
+            raise ValueError("nested too deeply")
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+        level, depth = inner, depth + 1
