@@ -53,12 +53,14 @@ class World:
         with warnings.catch_warnings():
             # The newest torch would have broadcast_buffers by a name that older ones do not know.
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(
+            wrapped = DistributedDataParallel(
                 objective,
                 device_ids=devices,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,  # they are the same in all processes already
             )
+        _order_gradients(wrapped)
+        return wrapped
 
     def total(self, counts: Tensor) -> Tensor:
         """The sum over the processes."""
@@ -79,6 +81,23 @@ class World:
         yield
         if self.size > 1 and self.leads:
             torch.distributed.barrier()
+
+
+def _order_gradients(objective: DistributedDataParallel) -> None:
+    """Have the order in which gradients are sent settled before the first step.
+
+    It is settled anew after the first backward pass: a resumed run would add the numbers of three
+    processes in another order than an unbroken one.
+    """
+    objective(_zero).backward()
+    for parameter in objective.parameters():
+        parameter.grad = None
+
+
+def _zero(network: nn.Module) -> Tensor:
+    """A loss of all parameters that train."""
+    sums = [parameter.sum() for parameter in network.parameters() if parameter.requires_grad]
+    return 0 * torch.stack(sums).sum()
 
 
 def rank() -> int:

@@ -110,7 +110,12 @@ def _bits(tensor: torch.Tensor) -> bytes:
 
 
 def _without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Nor what they were found with, which has the names of folders."""
     return [
-        {path: leaf for path, leaf in flat(row).items() if not path.endswith("seconds")}
+        {
+            path: leaf
+            for path, leaf in flat(row).items()
+            if not path.endswith("seconds") and not path.startswith("/environment")
+        }
         for row in rows
     ]
