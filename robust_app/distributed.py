@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from robust_app.errors import UserError
@@ -107,7 +109,11 @@ def rank() -> int:
 
 def restarted() -> bool:
     """Whether torchrun has started this process in the place of one that ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def will_restart() -> bool:
@@ -139,7 +145,9 @@ def join(device: str, patience: timedelta = PATIENCE) -> Iterator[World]:
             return
         try:
             backend = "nccl" if chosen.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, timeout=patience)
+            torch.distributed.init_process_group(
+                backend, store=_store(patience), rank=rank(), world_size=size, timeout=patience
+            )
             yield World(rank(), size, chosen)
         except RuntimeError as error:
             if not _of_another_process(error):
@@ -150,6 +158,19 @@ def join(device: str, patience: timedelta = PATIENCE) -> Iterator[World]:
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+
+
+def _store(patience: timedelta) -> Any:
+    """Where processes find each other.
+
+    On one node torchrun may keep it when it restarts them (``--standalone`` does): what those
+    before have left in it, their addresses, is kept apart.
+    """
+    distributed: Any = torch.distributed  # it has all names only where it is available
+    store, _, _ = next(rendezvous("env://", timeout=patience))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = distributed.PrefixStore(f"attempt {_restarts()}", store)
+    return store
 
 
 def _of_another_process(error: RuntimeError) -> bool:

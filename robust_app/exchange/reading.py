@@ -127,7 +127,9 @@ def _check_computable(proto: Any, constants: Constants, opsets: Any) -> None:
         tensor = output.type.tensor_type
         sizes = [dimension.dim_value for dimension in tensor.shape.dim]
         sized = tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim)
-        if not sized or math.prod(sizes) > NUMBERS:
+        if not sized:
+            raise UserError("the sizes of its constants do not tell those of what it makes")
+        if math.prod(sizes) > NUMBERS:
             raise UserError(f"expected at most {NUMBERS} numbers, found sizes {shown(sizes)}")
 
 

@@ -159,7 +159,7 @@ def test_numbers_and_lists_take_the_type_of_their_field():
 def test_a_value_out_of_range_is_refused_by_name(name, value, expectation):
     with pytest.raises(UserError) as error:
         dataclasses.replace(DIGITS, **{name: value})
-    assert str(error.value) == f"{name}: expected {expectation}, found {value!r}"
+    assert str(error.value) == f"{name}: expected {expectation}, found {shown(value)}"
 
 
 @pytest.mark.parametrize(

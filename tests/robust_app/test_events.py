@@ -77,7 +77,7 @@ def test_an_epoch_that_a_crash_undid_is_not_there_twice(robust_app):
 def test_what_is_told_can_be_read_at_once(tmp_path):
     directory = RunDirectory(tmp_path)
     lines = [
-        {"epoch": epoch, "standard_error": 1.0, "verified_error": None, "seconds": 1.0}
+        {"epoch": epoch, "standard_error": 1.0, "verified_error": 2.0, "seconds": 1.0}
         for epoch in (1, 2)
     ]
     events = Events(directory)
@@ -85,7 +85,8 @@ def test_what_is_told_can_be_read_at_once(tmp_path):
         directory.write_metrics(lines[:count])
         events.epoch(line)
         assert scalars(tmp_path) == {
-            "errors/standard_error": {e: [1.0] for e in range(1, count + 1)}
+            f"errors/{name}": {e: [value] for e in range(1, count + 1)}
+            for name, value in (("standard_error", 1.0), ("verified_error", 2.0))
         }
     events.close()
 

@@ -76,7 +76,7 @@ def test_what_a_run_is_resumed_with_is_told_where_it_differs(trainer, directory,
     said.truncate(0)
     with pytest.raises(KeyboardInterrupt):
         runner.train(again, directory, console, data_root=None, stop_after=3)
-    assert "resumed" not in said.getvalue()
+    assert "resumed where" not in said.getvalue()
 
 
 def test_a_run_that_another_process_began_meanwhile_is_left_alone(trainer, directory):

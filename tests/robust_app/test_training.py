@@ -77,7 +77,7 @@ def test_a_run_resumed_twice_ends_in_the_bits_of_an_unbroken_one(tmp_path):
 def test_metrics_written_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
     trained(short_config(), tmp_path, stops=(1,))
     files = RunDirectory(tmp_path)
-    files.write_metrics([*files.metrics(), files.metrics()[0] | {"phase": "half done"}])
+    files.write_metrics([*files.metrics(), files.metrics()[0] | {"epoch": 2, "phase": "half done"}])
 
     trained(short_config(), tmp_path, stops=(2,))
 
