@@ -25,7 +25,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 def one_line(error: BaseException, most: int = 200) -> str:
     """What an error of someone else's says, as part of a line; its kind where it says nothing.
 
-    >>> one_line(ValueError("first,\n  second")), one_line(MemoryError())
+    >>> one_line(ValueError("first,\\n  second")), one_line(MemoryError())
     ('first, second', 'MemoryError')
     """
     words = " ".join(str(error).split())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from robust_app import recipes
 from robust_app.config import Config, override, with_epochs
-from robust_app.errors import UserError, unknown
+from robust_app.errors import UserError, shown, unknown
 from robust_app.precision import PRECISIONS
 
 DIGITS = recipes.load("digits")
