@@ -1,5 +1,6 @@
 """Metrics as scalars for TensorBoard."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -40,6 +41,8 @@ class Events(Silent):
         self.directory = directory
         self._make_writer = summary_writer()
         self._writer: Any = None
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._fail_in_a_thread
 
     def epoch(self, metrics: dict[str, Any]) -> None:
         """Write the epoch's scalars, and those of all epochs before it if it is the first told."""
@@ -50,10 +53,13 @@ class Events(Silent):
 
     def close(self) -> None:
         """End the file, with all epochs of the run even if none was told."""
-        if self._writer is None:
-            self._begin()
-        with self._refusing():
-            self._writer.close()
+        try:
+            if self._writer is None:
+                self._begin()
+            with self._refusing():
+                self._writer.close()
+        finally:
+            threading.excepthook = self._excepthook
 
     def _begin(self) -> None:
         folder, metrics = self.directory.events_folder, self.directory.metrics()
@@ -78,3 +84,8 @@ class Events(Silent):
         except OSError as error:
             folder = self.directory.events_folder
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+
+    def _fail_in_a_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """Leave what TensorBoard's thread cannot write to the next call, which raises it too."""
+        if not isinstance(failed.exc_value, OSError):
+            self._excepthook(failed)

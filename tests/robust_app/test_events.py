@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections import defaultdict
 from pathlib import Path
 
@@ -105,3 +106,24 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "tensorboard").write_text("mine")
     with pytest.raises(UserError, match=r"/tensorboard: cannot be written"):
         Events(RunDirectory(tmp_path)).close()
+
+
+def test_a_thread_that_cannot_write_says_nothing_and_others_do(tmp_path, capsys):
+    def fail(error: Exception) -> None:
+        raise error
+
+    def failing(error: Exception) -> str:
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+        return capsys.readouterr().err
+
+    told = threading.excepthook = lambda failed: print(failed.exc_type, file=sys.stderr)
+    try:
+        events = Events(RunDirectory(tmp_path))
+        assert failing(OSError("full")) == ""
+        assert "ValueError" in failing(ValueError("a defect"))
+        events.close()
+        assert threading.excepthook is told
+    finally:
+        threading.excepthook = threading.__excepthook__
