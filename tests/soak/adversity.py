@@ -207,6 +207,7 @@ def rivals(folder: Path, unbroken: Path) -> str:
     first = Forked((*RUN, "--run-dir", second), folder, name="first")
     with running(first):
         first.until(lambda: (second / "last.pt").exists())
+        first.send(signal.SIGSTOP)  # else it may be done before the others have begun
         again = ("train", "--run-dir", second, "--resume")
         for arguments in (again, ("evaluate", second)):
             refused(call(arguments, folder), "in use by another run")
