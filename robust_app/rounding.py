@@ -94,7 +94,8 @@ def rounding_error(layer: nn.Module, box: Interval) -> Tensor | None:
         Of the shape of its outputs, or None where nothing is rounded.
 
     Raises:
-        UnsupportedLayer: there is no rule for this type of layer.
+        UnsupportedLayer: there is no rule for this type of layer, or it is a CELU with an alpha
+            below 0, which grows exponentially.
     """
     del box
     raise _RULES.unsupported(layer)
@@ -223,9 +224,16 @@ def _smooth(scale: Callable[[Any], Any]) -> Callable[[nn.Module, Interval], Tens
 _RULES.of(nn.LogSigmoid, nn.Sigmoid, nn.Softsign, nn.Tanh, nn.Tanhshrink)(_smooth(lambda _: 1.0))
 _RULES.of(nn.Hardsigmoid)(_smooth(lambda _: 3.0))
 _RULES.of(nn.SELU)(_smooth(lambda _: 2.0))
-_RULES.of(nn.CELU, nn.ELU)(_smooth(lambda layer: 1 + abs(layer.alpha)))
-_RULES.of(nn.Softplus)(_smooth(lambda layer: 1 + 1 / layer.beta))
+_RULES.of(nn.ELU)(_smooth(lambda layer: 1 + abs(layer.alpha)))
+_RULES.of(nn.Softplus)(_smooth(lambda layer: 1 + 1 / abs(layer.beta)))
 _RULES.of(nn.Softshrink)(_smooth(lambda layer: layer.lambd))
+
+
+@_RULES.of(nn.CELU)
+def _celu(layer: nn.CELU, box: Interval) -> Tensor:
+    if layer.alpha < 0:  # exp(x/α) then has no bound
+        raise _RULES.unsupported(layer, "its alpha is below 0")
+    return rounded(ROUNDINGS_OF_FUNCTIONS, 1 + layer.alpha + box.magnitude)
 
 
 @_RULES.of(nn.LeakyReLU)

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from robust_app.batch_norm import BatchNorm
 from robust_app.bounds import propagate
 from robust_app.errors import UserError
 from robust_app.interval import Interval
@@ -22,9 +23,8 @@ def batch_norm(layer):
     generator = torch.Generator().manual_seed(0)
     layer.running_mean.normal_(generator=generator)
     layer.running_var.uniform_(0.1, 2, generator=generator)
-    if layer.affine:
-        nn.init.normal_(layer.weight, generator=generator)
-        nn.init.normal_(layer.bias, generator=generator)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, generator=generator)
     return layer
 
 
@@ -48,6 +48,8 @@ AFFINE = {
     "batch norm 1d, sequence": (batch_norm(nn.BatchNorm1d(6)), (6, 2)),
     "batch norm 2d": (batch_norm(nn.BatchNorm2d(2)), IMAGE),
     "batch norm 2d, not affine": (batch_norm(nn.BatchNorm2d(2, affine=False)), IMAGE),
+    "batch norm of ours": (batch_norm(BatchNorm(2)), IMAGE),
+    "batch norm of ours, vectors": (batch_norm(BatchNorm(6)), VECTOR),
     "dropout": (nn.Dropout(0.5), VECTOR),
     "dropout 1d": (nn.Dropout1d(0.5), (6, 2)),
     "dropout 2d": (nn.Dropout2d(0.5), IMAGE),
@@ -236,14 +238,22 @@ def test_a_layer_without_a_rule_is_refused_by_name(layer):
             margin_bounds(network, box, torch.tensor([0]))
 
 
+def of_both_signs(layer):
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([0.5, -0.5]))
+    return layer
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
         (nn.BatchNorm2d(2).train(), "BatchNorm2d: it is in training mode"),
+        (BatchNorm(2).train(), "BatchNorm: it has no statistics"),
         (nn.Dropout(0.5).train(), "Dropout: it is in training mode"),
         (nn.BatchNorm2d(2, track_running_stats=False).eval(), "no running statistics"),
         (nn.LeakyReLU(-0.1), r"LeakyReLU\(negative_slope=-0.1\) decreases"),
         (nn.PReLU(init=-0.1), "PReLU"),
+        (of_both_signs(nn.PReLU(2)), "PReLU"),
         (nn.ELU(-1.0), "ELU"),
         (nn.Softplus(threshold=1), "Softplus"),
         (nn.Threshold(0.0, 1.0), "Threshold"),

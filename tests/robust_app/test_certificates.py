@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robust_app.bounds import flattened
-from robust_app.certificates import ball, certified, enclose, enclosures, in_float64
+from robust_app.certificates import (
+    ball,
+    certified,
+    enclose,
+    enclosures,
+    in_float64,
+    margin_errors,
+)
 from robust_app.errors import UserError
 from robust_app.interval import Interval
 from robust_app.layers import Normalize, Residual
@@ -152,6 +159,19 @@ def test_each_box_holds_what_is_computed(dtype, seed, epsilon):
         assert holds(last, here)
 
 
+@pytest.mark.parametrize("small", ["body", "shortcut"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sum_of_two_branches_is_rounded(small, dtype):
+    """2⁻²⁴ is lost beside 1, on whichever side; neither branch rounds anything itself."""
+    tiny = nn.Hardtanh(0.0, 2.0**-24)
+    layer = Residual(tiny) if small == "body" else Residual(nn.Identity(), tiny)
+    one = torch.ones(1, 1)
+    assert layer(one).item() == 1
+    box = enclose(layer, Interval(one.to(dtype), torch.zeros(1, 1, dtype=dtype)))
+    assert holds(box, layer(one))
+    assert box.radius.item() < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(st.floats(0, 1, width=32), st.floats(0, 1))
 def test_the_ball_holds_its_ends_as_float32_has_them(dtype, pixel, epsilon):
@@ -166,6 +186,27 @@ def test_the_ball_holds_its_ends_as_float32_has_them(dtype, pixel, epsilon):
     assert (box.lower >= -beyond).all()
     assert (box.upper <= 1 + beyond).all()
     assert (box.radius <= epsilon + 1e-6).all()
+
+
+def test_float64_bounds_certify_what_float32_bounds_leave():
+    """Two logits that differ by less than float32 bounds allow for, beside one between the two."""
+    network = linear([[1.0], [1.0]], [0.0, 0.0])
+    x, label = torch.tensor([[0.5]]), torch.tensor([0])
+    allowed = {
+        dtype: margin_errors(layer, ball(x.to(dtype), 0.0), label)[0, 1].item()
+        for dtype, layer in [(torch.float32, network), (torch.float64, in_float64(network))]
+    }
+    assert allowed[torch.float64] < allowed[torch.float32] / 8
+    between = math.sqrt(allowed[torch.float64] * allowed[torch.float32])
+    for margin, expected in [(between, True), (allowed[torch.float64] / 2, False)]:
+        with torch.no_grad():
+            network.bias[0] = margin
+        assert certified(network, x, label, 0.0).item() == expected
+        assert certified(in_float64(network), x, label, 0.0).item() == expected
+    images, labels = torch.tensor([[0.5], [0.4], [0.6]]), torch.tensor([0, 1, 0])
+    with torch.no_grad():
+        network.bias[0] = between
+    assert certified(network, images, labels, 0.0).tolist() == [True, False, True]
 
 
 def test_a_network_that_overflows_is_not_certified():

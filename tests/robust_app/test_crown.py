@@ -208,6 +208,8 @@ def test_tightened_boxes_lie_within_those_of_intervals(seed, epsilon):
         assert (inner.radius >= 0).all()
         assert (inner.lower >= outer.lower - 1e-9).all()
         assert (inner.upper <= outer.upper + 1e-9).all()
+    assert (tight.margins >= start.margins).all()
+    assert (tight.margins > start.margins).any()
     assert tight.trace[-1][1].radius.sum() < start.trace[-1][1].radius.sum()
 
 

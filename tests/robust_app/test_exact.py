@@ -8,11 +8,12 @@ from torch import nn
 
 from robust_app import crown
 from robust_app.attacks import falsified
-from robust_app.certificates import certified
+from robust_app.certificates import ENDS, ball, certified, enclosures, margin_errors
 from robust_app.errors import UserError
 from robust_app.exact import Verdict, decide, decided
 from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Residual
+from tests.robust_app.networks import linear
 
 
 def dense_network(seed):
@@ -168,3 +169,44 @@ def test_without_scipy_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(UserError, match=r"pip install scipy"):
         decide(open_network(slope=0.1), MIDDLE, 0, 0.5, time_limit=60.0)
+
+
+def chain_of_roundings(sign, shift, constant):
+    """Margin sign · ReLU(1024 x - 512 + shift) + constant, through numbers that are about 512."""
+    network = nn.Sequential(
+        linear([[1024.0]], [0.0]),
+        nn.ReLU(),
+        linear([[1.0]], [-512.0]),
+        nn.ReLU(),
+        linear([[1.0]], [512.0]),
+        linear([[float(sign)], [0.0]], [-512.0 * sign, 0.0]),
+    ).double()
+    with torch.no_grad():
+        network[2].bias += shift
+        network[5].bias[0] += constant
+    return network
+
+
+def roundings_of(network, x, epsilon):
+    """What the layers before the open ReLU may lose, and those after it."""
+    _, first, _, second, _, last = enclosures(network, ball(x, epsilon))
+    last_error = margin_errors(*last, torch.tensor([0]))[0, 1]
+    return (first[1].error + second[1].error).item(), (last[1].error + last_error).item()
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_what_rounding_may_take_is_not_certified(sign):
+    """In real numbers all margins are above 0; rounding may take a ninth more than there is."""
+    x, label, epsilon = torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([0]), 0.01
+    radius = 1024 * (epsilon + ENDS)
+    with torch.no_grad():
+        before, after = roundings_of(chain_of_roundings(sign, 0.0, 0.0), x, epsilon)
+    assert min(before, after) > 1e-4  # more than the tolerance of the solver
+    for share, expected in [(0.9, Verdict.UNDECIDED), (1.1, Verdict.CERTIFIED)]:
+        if sign < 0:  # c - ReLU(z), z to radius
+            network = chain_of_roundings(sign, 0.0, radius + share * (before + after))
+        else:  # ReLU(z) + c, z from half of what may be lost, so that all of it may be
+            network = chain_of_roundings(sign, radius + before / 2, share * after)
+        proved = crown.alpha_crown(network, x, label, epsilon).item()
+        assert decide(network, x[0], 0, epsilon, time_limit=60.0).verdict is expected
+        assert proved <= (expected is Verdict.CERTIFIED)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from robust_app.interval import Interval
+from robust_app.interval import Computed, Interval
 
 
 def test_around_is_the_ball_within_the_image_domain():
@@ -32,3 +32,21 @@ def test_between_has_the_bounds_given():
     assert torch.equal(box.upper, upper)
     assert torch.equal(box.center, torch.tensor([1.0, 2.0]))
     assert torch.equal(box.radius, torch.tensor([2.0, 0.0]))
+
+
+def test_the_magnitude_is_that_of_the_end_farther_from_0():
+    box = Interval.between(torch.tensor([-3.0, -1.0, 2.0]), torch.tensor([-1.0, 2.0, 5.0]))
+    assert box.magnitude.tolist() == [3.0, 2.0, 5.0]
+
+
+def test_a_choice_of_boxes_keeps_what_they_are():
+    values = torch.arange(6.0).view(3, 2)
+    plain, computed = Interval(values, values + 1), Computed(values, values + 1, values + 2)
+    for images in (torch.tensor([2, 0]), torch.tensor([True, False, True])):
+        chosen = plain.select(images)
+        assert torch.equal(chosen.center, values[images])
+        assert torch.equal(chosen.radius, values[images] + 1)
+        again = computed.select(images)
+        assert torch.equal(again.radius, values[images] + 1)
+        assert torch.equal(again.error, values[images] + 2)
+        assert Computed(values, values, None).select(images).error is None

@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_app.interval import Interval
+from robust_app.interval import Computed, Interval
 from robust_app.layer_rules import UnsupportedLayer
 from robust_app.margins import layer_inputs
 from robust_app.pullback import LinearBound, inner_products
-from robust_app.relaxation import adaptive_slopes, lower_bounds, relax_relu
+from robust_app.relaxation import adaptive_slopes, before_rounding, lower_bounds, relax_relu
 from tests.robust_app.networks import linear
 
 
@@ -75,3 +75,17 @@ def test_a_relu_that_computes_something_else_is_refused():
     box = Interval(torch.zeros(1, 2), torch.ones(1, 2))
     with pytest.raises(UnsupportedLayer, match="Shifted"):
         lower_bounds([(Shifted(), box)], LinearBound(torch.ones(1, 1, 2), torch.zeros(1, 1)))
+
+
+def test_rounding_takes_what_the_errors_of_values_may_add_up_to():
+    bound = LinearBound(torch.tensor([[[2.0, -3.0], [0.0, 1.0]]]), torch.tensor([[1.0, 0.0]]))
+    center, radius, error = torch.tensor([[[5.0, 7.0]], [[2.0, 2.0]], [[0.5, 0.25]]])
+    found = before_rounding(bound, Computed(center, radius, error))
+    assert found.coefficients is bound.coefficients
+    assert found.constant.tolist() == [[1.0 - (2 * 0.5 + 3 * 0.25), -0.25]]
+    for box in (Interval(center, radius), Computed(center, radius, None)):
+        assert torch.equal(before_rounding(bound, box).constant, bound.constant)
+    # h >= z - 0.5 and h <= z + 0.5 for z in [-1, 3]; each comes once.
+    box = Computed(torch.tensor([[1.0]]), torch.tensor([[2.0]]), torch.tensor([[0.5]]))
+    minus_one = LinearBound(torch.tensor([[[-1.0]]]), torch.zeros(1, 1))
+    assert lower_bounds([(nn.Identity(), box)], minus_one).tolist() == [[-3.5]]

@@ -25,6 +25,7 @@ def affine_layers() -> dict[str, nn.Module]:
     return {
         "linear": nn.Sequential(nn.Flatten(), nn.Linear(32, 7)),
         "linear without bias": nn.Sequential(nn.Flatten(), nn.Linear(32, 7, bias=False)),
+        "linear on the last of three dimensions": nn.Linear(4, 3),
         "conv": nn.Conv2d(2, 5, 3, padding=1),
         "conv in groups": nn.Conv2d(2, 4, 2, stride=2, groups=2, bias=False),
         "conv of reflections": nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"),
@@ -52,7 +53,7 @@ def activations() -> dict[str, nn.Module]:
         nn.Softplus(beta=3),
         nn.Softshrink(0.2),
         nn.LeakyReLU(0.3),
-        nn.PReLU(),
+        nn.PReLU(2),
         nn.ReLU(),
         nn.ReLU6(),
         nn.Hardtanh(),
@@ -65,6 +66,18 @@ def activations() -> dict[str, nn.Module]:
         nn.Dropout(),
     ]
     return {type(layer).__name__: layer for layer in layers}
+
+
+def extremes() -> dict[str, nn.Module]:
+    """Activations whose parameter is most of the bound, or below 0."""
+    return {
+        "steep CELU": nn.CELU(1e4),
+        "steep ELU": nn.ELU(1e4),
+        "ELU below 0": nn.ELU(-3.0),
+        "flat Softplus": nn.Softplus(beta=1e-3),
+        "Softplus below 0": nn.Softplus(beta=-1e-3),
+        "LeakyReLU below 0": nn.LeakyReLU(-0.3),
+    }
 
 
 def error_of(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -87,11 +100,11 @@ def randomised(layer: nn.Module, seed: int) -> nn.Module:
     return layer.eval()
 
 
-@pytest.mark.parametrize("name", [*affine_layers(), *activations()])
+@pytest.mark.parametrize("name", [*affine_layers(), *activations(), *extremes()])
 def test_float32_is_nearer_than_the_bound(name):
     for seed in range(10):
         torch.manual_seed(seed)
-        layer = randomised((affine_layers() | activations())[name], seed)
+        layer = randomised((affine_layers() | activations() | extremes())[name], seed)
         x = torch.randn(50, *IMAGE) * 10 ** torch.empty(50, *IMAGE).uniform_(-3, 3)
         with torch.no_grad():
             exact = in_float64(layer)
@@ -138,9 +151,83 @@ def test_a_sum_of_products_is_within_its_bound_in_rational_numbers(seed, terms):
     assert abs(Fraction(computed.item()) - exact) <= bound
 
 
+@pytest.mark.parametrize("name", [*affine_layers(), *activations(), *extremes()])
+def test_the_bound_of_a_box_is_above_those_of_its_points(name):
+    torch.manual_seed(0)
+    layer = in_float64(randomised((affine_layers() | activations() | extremes())[name], 0))
+    layer, shape = (layer[1], (32,)) if isinstance(layer, COMPOSED) else (layer, IMAGE)
+    center, radius = torch.randn(2, 50, *shape, dtype=torch.float64)
+    box = Interval(center, radius.abs() * (torch.rand(50, *shape) < 0.7))
+    with torch.no_grad():
+        whole = rounding_error(layer, box)
+        for side in (-1, -0.3, 0, 1):
+            point = center + side * box.radius
+            alone = rounding_error(layer, Interval(point, 0 * point))
+            assert (whole is None) == (alone is None)
+            assert whole is None or (whole >= alone * (1 - 1e-12)).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_the_sizes_are_those_of_partial_sums(seed, bias):
+    """The largest that any of a layer's terms add up to, by size, anywhere in a box."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(6, 5, bias=bias, dtype=torch.float64)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    # On either side of 0, across it, at it, and 0 itself.
+    ends = torch.randn(2, 40, 6, generator=generator, dtype=torch.float64).mul_(2).round_().div_(2)
+    lower, upper = ends.amin(0), ends.amax(0)
+    at_lower, at_upper = (end.unsqueeze(1) * layer.weight for end in (lower, upper))
+    with torch.no_grad():
+        found = rounding_error(layer, Interval.between(lower, upper))
+        own = layer.bias if bias else torch.zeros(5, dtype=torch.float64)
+        most = torch.maximum(at_lower, at_upper).relu().sum(2) + own.relu()
+        least = torch.minimum(at_lower, at_upper).neg().relu().sum(2) + (-own).relu()
+        terms = ((lower != 0) | (upper != 0)).double().sum(1, keepdim=True)
+        expected = rounded(terms + 3, torch.maximum(most, least))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 9, 100])
+def test_the_worst_sum_is_within_the_bound(terms):
+    """A product that is rounded by half a unit, then numbers that are lost, half a unit each."""
+    half = 2.0**-24
+    weight = torch.full((terms,), 1.0)
+    x = torch.full((terms,), half)
+    weight[0] = x[0] = 1 + 2.0**-12
+    total = weight[0] * x[0]
+    for term in [*(weight * x)[1:], torch.tensor(half)]:
+        total = total + term
+    layer = nn.Linear(terms, 1, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.fill_(half)
+        exact = layer(x[None].double()).item()
+        bound = error_of(layer, x[None].double()).item()
+    lost = exact - total.item()
+    assert lost == pytest.approx((terms + 1) * half, rel=1e-6)  # one product, all sums, the bias
+    assert lost <= bound < (terms + 4) * half * 1.01
+
+
+@pytest.mark.parametrize("layer", [nn.AvgPool2d(3), nn.AdaptiveAvgPool2d(1)])
+def test_the_worst_mean_is_within_the_bound(layer):
+    """Of a pixel beside which eight others are lost, with the division that loses most."""
+    half, even = 2.0**-24, 1 + 2.0**-22 * torch.arange(1000.0)
+    quotients = even / 9
+    first = even[(even.double() / 9 - quotients.double()).argmax()]
+    image = torch.full((1, 1, 3, 3), half)
+    image[0, 0, 0, 0] = total = first
+    for pixel in image.flatten()[1:]:
+        total = total + pixel
+    assert total == first
+    lost = (image.double().mean() - (total / 9).double()).item()
+    assert lost > 8.5 * half / 9  # eight sums, and as much of another as ninths can lose
+    assert lost <= error_of(layer, image.double()).item() < 11 * half / 9
+
+
 def test_roundings_add_up_as_highams_gamma_does():
     unit = Fraction(1, 2**24)
-    for count in (1, 100, 5408):
+    for count in (1, 100, 5408, 2**17):
         gamma = count * unit / (1 - count * unit)
         bound = rounded(count, torch.ones(1, dtype=torch.float64)).item()
         assert 1 < bound / float(gamma) < 1.002
@@ -155,6 +242,13 @@ def test_what_may_overflow_has_no_bound():
         large = torch.tensor([[OVERFLOW / 2, OVERFLOW / 2]], dtype=torch.float64)
         assert error_of(layer, large).isinf().all()
         assert error_of(layer, large * 0.99).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_what_may_overflow_has_no_bound(dtype):
+    sizes = torch.tensor([0.0, OVERFLOW * 0.99, OVERFLOW, OVERFLOW * 1.01], dtype=dtype)
+    assert rounded(3, sizes).isfinite().tolist() == [True, True, False, False]
+    assert rounded(3, sizes[3:]).isinf().all()
 
 
 def test_so_many_roundings_that_they_may_be_all_there_is_have_no_bound():
@@ -217,6 +311,16 @@ def test_every_layer_with_bounds_of_a_box_has_bounds_of_rounding():
 def test_a_layer_without_a_rule_is_refused():
     with pytest.raises(UnsupportedLayer, match=r"no rounding error for the layer GELU: register"):
         error_of(nn.GELU(), torch.zeros(1))
+
+
+def test_an_activation_that_grows_exponentially_is_refused():
+    """CELU below 0 is α exp(x/α) for α < 0: its error is above any multiple of its input's size."""
+    layer, x = nn.CELU(-0.5), torch.tensor([-20.3])
+    exact = layer(x.double()).item()
+    assert abs(layer(x).item() - exact) > 1e6
+    assert propagate(layer, Interval(x, torch.zeros(1))).center.item() == pytest.approx(exact)
+    with pytest.raises(UnsupportedLayer, match=r"rounding error for the layer CELU: its alpha"):
+        error_of(layer, x)
 
 
 def test_flushed_denormals_are_within_the_bound():

@@ -17,12 +17,13 @@ import torch
 from rich.console import Console
 
 from robust_app.interruption import stoppable
-from tests.soak import adversity, certificates, kills, optimizer, ranks, writes
+from tests.soak import adversity, certificates, kills, mutations, optimizer, ranks, writes
 from tests.soak.effort import FULL, QUICK, Effort
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 PARTS: Mapping[str, Callable[[Effort, Console, Path], None]] = {
     "certificates": certificates.soak,
+    "mutations": mutations.soak,
     "kills": kills.soak,
     "writes": writes.soak,
     "adversity": adversity.soak,

@@ -1,5 +1,6 @@
 """How much is tried."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -18,6 +19,8 @@ class Effort:
         epochs: that a network of the digits is trained for, whose certificates are attacked.
         attempts: on these.
         steps: of optimizers, in all cases together.
+        mutants: each so-many-th mutant of the bounds is tried.
+        test_seconds: of processor time that a test may take to be asked about them.
     """
 
     kills: int
@@ -30,6 +33,8 @@ class Effort:
     epochs: int
     attempts: int
     steps: int
+    mutants: int
+    test_seconds: float
 
 
 FULL = Effort(
@@ -43,6 +48,8 @@ FULL = Effort(
     epochs=40,
     attempts=1_000_000,
     steps=100_000,
+    mutants=1,
+    test_seconds=math.inf,
 )
 QUICK = Effort(
     kills=4,
@@ -55,4 +62,6 @@ QUICK = Effort(
     epochs=4,
     attempts=5_000,
     steps=1_000,
+    mutants=41,
+    test_seconds=0.1,
 )
