@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from robust_app.bounds import flattened, propagate
 from robust_app.errors import UserError
@@ -19,11 +20,14 @@ from robust_app.interval import Computed, Interval
 from robust_app.layer_rules import is_plainly
 from robust_app.layers import Residual
 from robust_app.margins import margin_bounds, margins_after
-from robust_app.precision import products_in
+from robust_app.precision import plain_float32
 from robust_app.rounding import rounded, rounding_error
 
 ENDS = 2.0**-22
 """More than float32 rounds where an attack computes the ends of pixels, in pixels of [0, 1]."""
+
+OWN = 4.0
+"""How many units of the last place the ends of a box may be rounded by, at most, in a layer."""
 
 SPARE = {torch.float64: 2.0**-50, torch.float32: 2.0**-21}
 """More than the ends of pixels are rounded by here, by the type that they are computed in."""
@@ -33,13 +37,15 @@ def in_float64(network: nn.Module) -> nn.Module:
     """A copy with the same numbers in float64, also those that layers keep as Python's floats.
 
     Raises:
-        UserError: some are narrower than float32, which the bounds of rounding are not for.
+        UserError: some are narrower than float32, which the bounds of rounding are not for; or a
+            layer has hooks or parametrizations, and may compute anything.
 
     >>> in_float64(nn.LeakyReLU(0.1)).negative_slope  # as float32 has it
     0.10000000149011612
     """
+    float32 = _is_float32(network)
     exact = copy.deepcopy(network).double()
-    if _is_float32(network):
+    if float32:
         for layer in exact.modules():
             for name, value in vars(layer).items():
                 if isinstance(value, float):
@@ -49,6 +55,14 @@ def in_float64(network: nn.Module) -> nn.Module:
 
 def _is_float32(network: nn.Module) -> bool:
     """Whether its parameters are float32, and not float64."""
+    for name, layer in network.named_modules():
+        hooks = layer._forward_hooks or layer._forward_pre_hooks
+        if hooks or is_parametrized(layer):
+            what = "hooks" if hooks else "parametrizations"
+            raise UserError(
+                f"network: certificates are of layers that compute what their type does, found "
+                f"{what} on {name or 'the network'}; remove them first"
+            )
     kinds = {
         tensor.dtype: name
         for name, tensor in network.state_dict().items()
@@ -59,6 +73,19 @@ def _is_float32(network: nn.Module) -> bool:
             f"network: certificates are of networks in float32, found {kinds[dtype]} in {dtype}"
         )
     return torch.float64 not in kinds
+
+
+def as_network(x: Tensor, network: nn.Module) -> Tensor:
+    """Images in the type of the network's numbers, if these are the same images.
+
+    Raises:
+        UserError: float32 does not hold them; or see :func:`in_float64`.
+    """
+    if not _is_float32(network):
+        return x.double()
+    if x.dtype != torch.float32 and any(True for _ in network.parameters()):
+        raise UserError(f"x: expected torch.float32 as the network is, found {x.dtype}")
+    return x
 
 
 def ball(x: Tensor, epsilon: float | Tensor) -> Interval:
@@ -102,12 +129,18 @@ def enclose(layer: nn.Module, box: Interval) -> Computed:
         total = Interval(body.center + shortcut.center, body.radius + shortcut.radius)
         error = rounded(1, body.magnitude + shortcut.magnitude)
         return _computed(total, error)
-    return _computed(propagate(layer, box), rounding_error(layer, box))
+    computed = _computed(propagate(layer, box), rounding_error(layer, box))
+    # What may be infinite or no number may come out of a layer as anything, also within its range.
+    finite = (box.center.isfinite() & box.radius.isfinite()).flatten(1).all(1)
+    if not bool(finite.all()):
+        computed.radius[~finite] = torch.nan
+    return computed
 
 
 def _computed(box: Interval, error: Tensor | None) -> Computed:
     radius = box.radius if error is None else box.radius + error
-    return Computed(box.center, radius, error)
+    own = OWN * torch.finfo(radius.dtype).eps * (box.center.abs() + radius)
+    return Computed(box.center, radius + own, error)
 
 
 def enclosures(network: nn.Module, box: Interval) -> Iterator[tuple[nn.Module, Interval]]:
@@ -152,7 +185,7 @@ def margin_errors(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@products_in("float32")
+@plain_float32()
 def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Tensor) -> Tensor:
     """Whether interval bounds prove that no perturbation within ε changes the class.
 
@@ -176,9 +209,9 @@ def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Te
     >>> certified(nn.Identity(), torch.tensor([[0.8, 0.4]]), torch.tensor([0]), 0.1)
     tensor([True])
     """
-    exact = in_float64(network)
-    if not _is_float32(network):
-        return _proved(enclosures(exact, ball(x.double(), epsilon)), labels)
+    x, exact = as_network(x, network), in_float64(network)
+    if x.dtype == torch.float64:
+        return _proved(enclosures(exact, ball(x, epsilon)), labels)
     proved = _proved(enclosures(network, ball(x, epsilon)), labels)
     # What float32 bounds do not prove with the rounding, but would without, is near: float64 tells.
     near = (~proved).nonzero().squeeze(1)

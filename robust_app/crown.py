@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_app.certificates import (
+    as_network,
     ball,
     computed_margins,
     enclose,
@@ -27,7 +28,7 @@ from robust_app.certificates import (
 )
 from robust_app.interval import Interval
 from robust_app.margins import layer_inputs
-from robust_app.precision import products_in, without_autocast
+from robust_app.precision import plain_float32, without_autocast
 from robust_app.pullback import LinearBound
 from robust_app.relaxation import Trace, is_relu, lower_bounds
 from robust_app.slopes import ascended, tightened
@@ -204,7 +205,7 @@ def rows_at_once(trace: Trace) -> int:
 
 
 @torch.no_grad()
-@products_in("float32")
+@plain_float32()
 def _proved(
     stages: Sequence[Stage], network: nn.Module, x: Tensor, labels: Tensor, epsilon: float
 ) -> Tensor:
@@ -212,6 +213,7 @@ def _proved(
 
     Images that are misclassified as they are, are left out.
     """
+    x = as_network(x, network)
     correct = (network(x).argmax(1) == labels).nonzero().squeeze(1)
     proved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     exact = in_float64(network)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_app.attacks import pgd
-from robust_app.certificates import ball, in_float64
+from robust_app.certificates import as_network, ball, in_float64
 from robust_app.crown import (
     Problem,
     crown_margins,
@@ -24,7 +24,7 @@ from robust_app.crown import (
     tighten,
 )
 from robust_app.interval import Interval
-from robust_app.precision import products_in
+from robust_app.precision import plain_float32
 from robust_app.programming import Program
 from robust_app.pullback import LinearBound, pull_back
 from robust_app.relaxation import Trace, is_relu, rounding
@@ -76,7 +76,7 @@ def decided(
 
 
 @torch.no_grad()
-@products_in("float32")
+@plain_float32()
 def decide(
     network: nn.Module, image: Tensor, label: int, epsilon: float, *, time_limit: float
 ) -> Decision:
@@ -98,7 +98,7 @@ def decide(
     Decision(verdict=<Verdict.CERTIFIED: 'certified'>, counterexample=None)
     """
     deadline = time.monotonic() + time_limit
-    x, labels = image.unsqueeze(0), torch.tensor([label])
+    x, labels = as_network(image.unsqueeze(0), network), torch.tensor([label])
     program = Program()
     problem = Problem.of(in_float64(network).cpu(), ball(x.double().cpu(), epsilon), labels)
     # Refuses layers now, however easy the image is.

@@ -87,12 +87,20 @@ class Residual(nn.Module):
         body: must leave its input as it is (no in-place first layer).
         shortcut: a branch with outputs of the same shape; the identity by default.
 
+    Raises:
+        ValueError: the body's first layer works in place.
+
     >>> Residual(nn.Flatten())(torch.ones(1, 2))
     tensor([[2., 2.]])
     """
 
     def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:
         super().__init__()
+        first = body
+        while isinstance(first, nn.Sequential) and len(first) > 0:
+            first = first[0]
+        if getattr(first, "inplace", False):
+            raise ValueError(f"body: expected its first layer to leave its input, found {first}")
         self.body = body
         self.shortcut = nn.Identity() if shortcut is None else shortcut
 

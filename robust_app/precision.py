@@ -4,7 +4,7 @@ Parameters, moments, Adam, FOSC, cross entropies and all that measures or certif
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,10 +41,23 @@ def products_in(precision: str) -> Iterator[None]:
     for kind in kinds:
         kind.fp32_precision = "tf32" if precision == "tf32" and kind in on_gpu else "ieee"
     try:
-        yield
+        # NNPACK, where oneDNN is not, has convolutions that round more than sums of products do.
+        with backends.nnpack.flags(enabled=False):
+            yield
     finally:
         for kind, setting in zip(kinds, before, strict=True):
             kind.fp32_precision = setting
+
+
+@contextmanager
+def plain_float32() -> Iterator[None]:
+    """Inside, products are float32's and autocast is off, whatever is asked for outside."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
+    with ExitStack() as stack:
+        stack.enter_context(products_in("float32"))
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def of_losses(objective: Objective, precision: str, device: torch.device) -> Objective:

@@ -10,6 +10,9 @@ from torch import Tensor
 from robust_app.errors import UserError
 
 _INFEASIBLE = 2  # a status of scipy.optimize.milp
+SMALL = 1e-9
+"""The solver drops coefficients up to this size: they are allowed for."""
+
 _ANY_GAP = 1e30  # between the costs of a solution and of the best one
 
 
@@ -85,9 +88,19 @@ class Program:
             row.append(entries[0] + rows)
             column.append(indices[entries[1]])
             value.append(matrix[entries] if matrix.ndim == 2 else matrix)
-        self._entries.append((torch.cat(row), torch.cat(column), torch.cat(value)))
-        self._lower_sides.append(lower)
-        self._upper_sides.append(upper)
+        places, variables, values = torch.cat(row), torch.cat(column), torch.cat(value)
+        kept, dropped = self._split(variables, values)
+        slack = torch.zeros_like(lower).index_add(0, places - rows, dropped.to(lower))
+        self._entries.append((places[kept], variables[kept], values[kept]))
+        self._lower_sides.append(lower - slack)
+        self._upper_sides.append(upper + slack)
+
+    def _split(self, variables: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Which coefficients the solver takes, and how much each of the others could add."""
+        kept = values.abs() > SMALL
+        lower, upper = torch.cat(self._lower), torch.cat(self._upper)
+        largest = torch.maximum(lower.abs(), upper.abs())[variables]
+        return kept, torch.where(kept, 0, values.abs() * largest)
 
     def minimum_below(self, indices: Tensor, costs: Tensor, limit: float, seconds: float) -> Answer:
         """Look for a solution with ``<costs, variables> <= limit``, the costs guiding the search.
@@ -103,8 +116,10 @@ class Program:
         if seconds <= 0:
             return Answer(infeasible=False, solution=None)
         lower, upper = torch.cat(self._lower), torch.cat(self._upper)
+        kept, dropped = self._split(indices, costs)
+        limit += dropped.sum().item()
         objective = torch.zeros(len(lower), dtype=torch.float64)
-        objective[indices] = costs.double()
+        objective[indices] = torch.where(kept, costs, 0).double()
         constraints = [self._optimize.LinearConstraint(objective.numpy()[None], -torch.inf, limit)]
         if self._entries:
             row, column, value = (torch.cat(parts) for parts in zip(*self._entries, strict=True))

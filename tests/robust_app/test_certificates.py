@@ -1,9 +1,11 @@
 """Certificates are about what float32 computes: no counterexample is left to its rounding."""
 
+import copy
 import math
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -234,3 +236,94 @@ def test_the_network_itself_stays_as_it_is():
 def test_a_radius_below_0_is_refused(epsilon):
     with pytest.raises(ValueError, match=f"epsilon must be at least 0, got {epsilon}"):
         certified(nn.Identity(), torch.rand(1, 2), torch.tensor([0]), epsilon)
+
+
+# --- What is told from what it seems, or refused
+
+
+def chain(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers).eval()
+
+
+def wrongly_certified() -> dict[str, tuple[nn.Module, list[float], int, float, list[float]]]:
+    """Networks, images, labels, radii, and images of the balls that are misclassified."""
+    double = chain(
+        nn.Threshold(0.1, -1e15), nn.ReLU(), linear([[0.0], [1.0]], [0.765, 0.0])
+    ).double()
+    return {
+        "an overflow within a bounded layer": (
+            chain(
+                linear([[3e38, 3e38], [3e38, 3e38]], [0.0, 0.0]),
+                linear([[1.0, -1.0]], [0.0]),
+                nn.Hardtanh(),
+                linear([[0.1], [0.1]], [0.0, 10.0]),
+            ),
+            [0.5, 0.5],
+            1,
+            0.2,
+            [0.65, 0.65],
+        ),
+        "large numbers of the layer's own": (
+            chain(
+                linear([[1.0]], [-0.1]),
+                nn.Threshold(0.0, -1e6),
+                nn.ReLU(),
+                linear([[0.0], [1.0]], [0.64, 0.0]),
+            ),
+            [0.4],
+            0,
+            0.355,
+            [0.755],
+        ),
+        "the same in float64": (double, [0.4], 0, 0.37, [0.77]),
+    }
+
+
+@pytest.mark.parametrize("name", wrongly_certified())
+def test_layers_that_bring_numbers_into_range_or_out_of_it_are_bounded(name):
+    network, image, label, epsilon, nearby = wrongly_certified()[name]
+    kind = next(network.parameters()).dtype
+    with torch.no_grad():
+        assert network(torch.tensor([nearby], dtype=kind)).argmax(1) != label
+    assert not certified(network, torch.tensor([image]), torch.tensor([label]), epsilon)
+
+
+@pytest.mark.parametrize("weight", [9e-10, 9e-9])
+def test_what_the_solver_drops_is_allowed_for(weight):
+    """In the ball a coefficient of a billionth meets numbers of millions."""
+    network = chain(
+        linear([[1e8]], [-5e7]), nn.ReLU(), linear([[0.0], [weight]], [4e-3 * weight / 9e-10, 0.0])
+    )
+    x, label = torch.tensor([[0.45]]), torch.tensor([0])
+    with torch.no_grad():
+        assert network(torch.tensor([[0.599]])).argmax(1) == 1
+    for name, verifier in VERIFIERS.items():
+        assert not verifier.decide(network, x, label, 0.15, 5.0).certified.any(), name
+
+
+def test_layers_that_may_compute_anything_are_refused():
+    x, label = torch.rand(1, 2), torch.tensor([0])
+    hooked, parametrized, pruned = (nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+    hooked[0].register_forward_hook(lambda layer, inputs, output: 11 * output)
+    nn.utils.parametrizations.weight_norm(parametrized[0])
+    nn.utils.prune.identity(pruned[0], "weight")
+    for network, words in ((hooked, "hooks"), (parametrized, "param"), (pruned, "hooks")):
+        for verifier in VERIFIERS.values():
+            with pytest.raises(UserError, match=f"found {words}.* on 0; remove them first"):
+                verifier.decide(network, x, label, 0.1, 1.0)
+
+
+def test_a_body_that_changes_its_own_input_is_refused():
+    with pytest.raises(ValueError, match=r"body: .*found ReLU\(inplace=True\)"):
+        Residual(nn.Sequential(nn.ReLU(inplace=True)))
+
+
+def test_images_are_those_that_the_network_sees():
+    network, label = nn.Sequential(nn.Linear(2, 2)), torch.tensor([0])
+    x = torch.rand(1, 2)
+    for verifier in VERIFIERS.values():
+        with pytest.raises(UserError, match=r"x: expected torch\.float32 .*found torch\.float64"):
+            verifier.decide(network, x.double(), label, 0.1, 1.0)
+        verifier.decide(copy.deepcopy(network).double(), x, label, 0.1, 1.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            verifier.decide(network, x, label, 0.1, 1.0)
