@@ -23,6 +23,9 @@ from robust_app import archives
 from robust_app.errors import UserError, one_line, shown, unknown
 
 Arrays = Mapping[str, NDArray[Any]]
+CLASSES = 1000
+"""The most that a data set may have: bounds take memory by their square."""
+
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 DATASETS = {
@@ -112,7 +115,7 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     ``npz:PATH`` reads ``x_train``, ``y_train``, ``x_test`` and ``y_test``: images of shape
     (n, H, W), (n, C, H, W) or (n, H, W, C) with C in {1, 3}, as uint8 or as floats in [0, 1], and
     labels (n,), non-negative integers. A shape that fits the last two is read as (n, C, H, W). The
-    number of classes is the largest label plus one.
+    number of classes is the largest label plus one, at most :data:`CLASSES`.
 
     Args:
         name: a key of :data:`DATASETS`, ``npz:`` followed by a path.
@@ -250,6 +253,11 @@ def _assemble(
             f"found {train} and {test}"
         )
     classes = 1 + max(int(tensors[key].max()) for key in ("y_train", "y_test"))
+    if classes > CLASSES:
+        raise UserError(
+            f"dataset {name}: expected labels below {CLASSES}, found {classes - 1}: the largest "
+            "label plus one is the number of classes"
+        )
     return Dataset(name=name, classes=classes, mean=mean, std=std, **tensors)
 
 

@@ -8,7 +8,14 @@ SHOWN = 200
 
 
 class UserError(Exception):
-    """Something the user can mend; the message is one clear line that says what and how."""
+    """Something the user can mend; the message is one clear line that says what and how.
+
+    >>> print(UserError("no array named x\\x1b[2J"))  # as a file may name one
+    no array named x�[2J
+    """
+
+    def __str__(self) -> str:
+        return _printable(super().__str__())
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
@@ -29,8 +36,11 @@ def one_line(error: BaseException, most: int = 200) -> str:
     ('first, second', 'MemoryError')
     """
     words = " ".join(str(error).split())
-    text = "".join(letter if letter.isprintable() else "�" for letter in words[:most])
-    return text or type(error).__name__
+    return _printable(words[:most]) or type(error).__name__
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def shown(value: object) -> str:

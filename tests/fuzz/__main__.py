@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tests.fuzz import report
 from tests.fuzz.catalogue import FORMATS
-from tests.fuzz.running import Tally, attempt, run_apart
+from tests.fuzz.running import Tally, attempt, make, run_apart
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 COUNT = 10_000
@@ -61,7 +61,8 @@ def again(name: str, seed: int, number: int) -> None:
     here.mkdir()
     print(f"the files lie in {folder}", flush=True)
     with contextlib.chdir(here):
-        refused = attempt(form, name, seed, number, folder)
+        make(form, name, seed, number, folder)
+        refused = attempt(form, folder)
     print("loaded" if refused is None else f"refused by {refused}")
 
 

@@ -47,6 +47,7 @@ def save(facts: Mapping[str, Any], tallies: Mapping[str, Tally], folder: Path) -
             "refused by": dict(tally.refused.most_common()),
             "failed": {str(number): why for number, why in tally.failed.items()},
             "slowest": {"seconds": round(seconds, 3), "number": number},
+            "could not be made": tally.unmade,
             "growth in MiB": round(tally.growth, 1),
             "facts": dict(facts),
         }

@@ -55,8 +55,9 @@ class Tally:
         loaded: valid still, and gone on with.
         refused: by the function that refused.
         failed: what went wrong, by the file's number.
-        slowest: seconds of the processor to make and read a file, and that file's number.
-        growth: MiB by which the memory in use grew over all files.
+        slowest: seconds of the processor to read a file, and that file's number.
+        growth: MiB by which the most memory in use grew while a file was read.
+        unmade: files that could not be made: nested too deep, or too large.
     """
 
     files: int = 0
@@ -65,6 +66,7 @@ class Tally:
     failed: dict[int, str] = field(default_factory=dict)
     slowest: tuple[float, int] = (0.0, 0)
     growth: float = 0.0
+    unmade: int = 0
 
     def add(self, other: Self) -> None:
         """Count another's files too."""
@@ -74,6 +76,7 @@ class Tally:
         self.failed.update(other.failed)
         self.slowest = max(self.slowest, other.slowest)
         self.growth = max(self.growth, other.growth)
+        self.unmade += other.unmade
 
     def as_json(self) -> str:
         """As :meth:`from_json` reads it."""
@@ -88,8 +91,13 @@ class Tally:
         return cls(**found)
 
 
-def attempt(form: Format, name: str, seed: int, number: int, folder: Path) -> str | None:
-    """Write the damaged files of a number and read them.
+def make(form: Format, name: str, seed: int, number: int, folder: Path) -> None:
+    """Write the damaged files of a number."""
+    form.write(random.Random(f"{seed} {name} {number}"), folder)
+
+
+def attempt(form: Format, folder: Path) -> str | None:
+    """Read the damaged files of a number, as :func:`make` has written them.
 
     Returns:
         The function that refused them; None if none did.
@@ -100,7 +108,6 @@ def attempt(form: Format, name: str, seed: int, number: int, folder: Path) -> st
             or something in the files was executed.
         Hang: it took longer than :data:`SECONDS` or :data:`PATIENCE`.
     """
-    form.write(random.Random(f"{seed} {name} {number}"), folder)
     before = sorted(Path().iterdir())
     refused = None
     with _alarm(), warnings.catch_warnings(record=True) as warned:
@@ -152,14 +159,20 @@ def _alarm() -> Iterator[None]:
 
 def run(form: Format, name: str, seed: int, numbers: range, told: Any = lambda _: None) -> Tally:
     """Try the files of some numbers in this process; ``told`` is called before each."""
-    tally, began = Tally(), None
+    tally = Tally()
     with tempfile.TemporaryDirectory() as top, contextlib.chdir(_made(Path(top, "here"))):
         for number in numbers:
             told(number)
             folder = _made(Path(top, str(number)))
-            started = time.process_time()
             try:
-                refused = attempt(form, name, seed, number, folder)
+                make(form, name, seed, number, folder)
+            except Exception:  # a mutation may be more than Python, numpy or torch can write
+                tally.unmade += 1
+                shutil.rmtree(folder)
+                continue
+            began, started = _peak(), time.process_time()
+            try:
+                refused = attempt(form, folder)
                 tally.loaded += refused is None
                 tally.refused.update([refused] if refused else [])
             except (Exception, Hang) as error:
@@ -169,12 +182,10 @@ def run(form: Format, name: str, seed: int, numbers: range, told: Any = lambda _
             tally.slowest = max(tally.slowest, (time.process_time() - started, number))
             tally.files += 1
             shutil.rmtree(folder)
-            peak = _peak()
-            began = peak if began is None else began
-            if peak - began > MEBIBYTES and number not in tally.failed:
-                tally.failed[number] = f"MemoryError: {peak - began:.0f} MiB more are in use"
-                began = peak
-            tally.growth = max(tally.growth, peak - began)
+            growth = _peak() - began
+            if growth > MEBIBYTES and number not in tally.failed:
+                tally.failed[number] = f"MemoryError: {growth:.0f} MiB more are in use"
+            tally.growth = max(tally.growth, growth)
     return tally
 
 
