@@ -30,7 +30,7 @@ HARMLESS: dict[tuple[str, str, str], str] = {
     (
         "certificates",
         "certified",
-        "(_of_others(plain, labels[left]) > 0).all → (_of_others(plain, labels[left]) > 0).any",
+        "(_of_others(plain, labels[near]) > 0).all → (_of_others(plain, labels[near]) > 0).any",
     ): SLOWER,
     ("margins", "_margins_after", "-1 → 1"): FLAT,
     ("relaxation", "relax_relu", "lower → upper (3)"): TYPE,
