@@ -471,7 +471,7 @@ def test_output_that_cannot_be_written_is_one_line_and_status_2(tmp_path):
         done = subprocess.run(
             command, cwd=tmp_path, env=ONE_THREAD, stdout=full, stderr=subprocess.PIPE, text=True
         )
-    words = "robust-app: standard output: cannot be written (No space left on device)\n"
+    words = "robust-app: cannot read or write (No space left on device)\n"
     assert (done.returncode, done.stderr) == (2, words)
 
 
