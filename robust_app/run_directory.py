@@ -160,7 +160,7 @@ def next_free(parent: Path, name: str) -> Path:
 
 
 def _json(content: Any, indent: int | None = None) -> str:
-    """As :func:`robust_app.documents.read_json` reads it again, which takes finite numbers alone."""
+    """As :mod:`robust_app.documents` reads it again, which takes finite numbers alone."""
     return json.dumps(content, indent=indent, allow_nan=False) + "\n"
 
 

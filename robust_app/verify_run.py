@@ -137,7 +137,7 @@ def of_test_images(
 def _examination(entry: Mapping[str, Any]) -> Examination:
     given = {field.name: entry[field.name] for field in fields(Examination) if field.name in entry}
     if "verifiers" in given:
-        given["verifiers"] = verifiers.parse(",".join(given["verifiers"]))
+        given["verifiers"] = verifiers.parse(",".join(map(str, given["verifiers"])))
     return Examination(**given)
 
 
@@ -156,15 +156,15 @@ def _environment(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _epoch(network: str) -> int:
+def _epoch(network: object) -> int:
     """Of a network by the name that an evaluation gave it.
 
     >>> _epoch("best, last (epoch 12)")
     12
     """
-    found = re.search(r"\(epoch (\d+)\)$", network)
+    found = re.search(r"\(epoch (\d+)\)$", str(network))
     if found is None:
-        raise ValueError(f"expected a network with its epoch, found {network!r}")
+        raise ValueError(f"expected a network with its epoch, found {shown(network)}")
     return int(found[1])
 
 

@@ -53,7 +53,7 @@ def _measured(path: Path, entries: dict[str, str]) -> tuple[int, int]:
     if not fits or sum(map(int, numbers)) > size or entries.keys() - ENTRIES:
         raise UserError(f"{path}: has a tensor that is no part of the {size} bytes of {name}")
     offset, length = map(int, numbers)
-    return size, length or size - offset  # 0 stands for all that follows
+    return size, length or size - offset  # without one, all that follows
 
 
 def _messages(message: Any) -> Iterator[Any]:

@@ -193,9 +193,12 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
                 {"pgd_steps": "10"},
                 {"images": -1},
                 {"epsilon": [0.1]},
-                {"verifiers": [1]},
                 {"network": 1},
             )
+        ),
+        (
+            lambda run: rewrite(run, "results.json", lambda entry: entry.update(verifiers=[1])),
+            ("results.json: damaged", "entry 1", "unknown verifier '1'"),
         ),
         (
             lambda run: rewrite(run, "environment.json", lambda made: made.update(data=5)),
