@@ -21,7 +21,7 @@ from robust_app.capture import EXECUTIONS
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import ProcessLost, World
-from robust_app.errors import UserError, unknown
+from robust_app.errors import UserError, one_line, unknown
 from robust_app.evaluate_command import evaluate
 from robust_app.events import summary_writer
 from robust_app.exchange.command import export
@@ -95,8 +95,6 @@ def train(
     """Train a network; with no options, AdvIBP on the embedded digits in about a minute."""
     if execution not in EXECUTIONS:
         raise unknown("--execution", execution, EXECUTIONS)
-    if on_divergence is not None and on_divergence not in divergence.CHOICES:
-        raise unknown("--on-divergence", on_divergence, divergence.CHOICES)
     if resume and run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
     if distributed.will_restart() and run_dir is None:
@@ -115,6 +113,8 @@ def train(
     until = min(stop_after or config.total_epochs, config.total_epochs)
     data_root = data_root or directory.data_root()
     on_divergence = on_divergence or directory.on_divergence() or divergence.STOP
+    if on_divergence not in divergence.CHOICES:  # what a run has noted is from a file
+        raise unknown("--on-divergence", str(on_divergence), divergence.CHOICES)
     with _saying_how_to_continue(directory), distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)
         check_data(directory, dataset)
@@ -271,7 +271,8 @@ def _requested(
 def main() -> None:
     """Run the command line.
 
-    Status 0 done, 2 for what the user can mend, 130 on Ctrl-C, 143 on SIGTERM.
+    Status 0 done, 1 if `verify-run` finds another figure than was reported, 2 for what the user can
+    mend, 130 on Ctrl-C, 143 on SIGTERM.
     """
     keep_freed_memory()
     with stoppable() as stop:
@@ -288,8 +289,8 @@ def main() -> None:
         except OSError as error:
             if error.filename is not None:
                 raise
-            sys.stdout = io.StringIO()  # or Python would fail on it once more at its end
-            status = _refuse(f"standard output: cannot be written ({error.strerror})")
+            sys.stdout = io.StringIO()  # if it is that, Python would fail on it again at its end
+            status = _refuse(f"cannot read or write ({error.strerror or one_line(error)})")
     sys.exit(stop.status or status)
 
 

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,9 @@ class Dataset:
         classes: the number of classes.
         mean, std: per channel (C,) in units of [0, 1], for a network's normalisation layer; None
             where the pixels are used as they are.
+
+    >>> load("digits").checksum[:15]
+    'sha256:633e8e48'
     """
 
     name: str
@@ -69,12 +73,9 @@ class Dataset:
         """The same data on another device."""
         return dataclasses.replace(self, **{key: getattr(self, key).to(device) for key in KEYS})
 
+    @cached_property
     def checksum(self) -> str:
-        """Of all images and labels, the same on every device: tells data from others.
-
-        >>> load("digits").checksum()[:15]
-        'sha256:633e8e48'
-        """
+        """Of all images and labels, the same on every device: tells data from others."""
         digest = hashlib.sha256()
         for key in KEYS:
             tensor = getattr(self, key).contiguous().cpu()

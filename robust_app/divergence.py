@@ -29,10 +29,12 @@ class Diverged(UserError):
     """
 
     def __init__(self, where: str, scale: float = 1.0) -> None:
-        before = "" if scale == 1 else f" at {scale:g} of the learning rate"
+        before, advice = "", f", or --on-divergence {LOWER}"
+        if scale != 1:  # which is what was tried
+            before, advice = f" at {scale:g} of the learning rate", ""
         super().__init__(
             f"training diverged in {where}{before}; the checkpoint before it is whole "
-            f"(try a lower learning_rate, or --on-divergence {LOWER})"
+            f"(try a lower learning_rate{advice})"
         )
         self.where = where
 

@@ -41,7 +41,9 @@ def parse_toml(text: str) -> dict[str, Any]:
     {'epsilon': 0.1}
     """
     if any(line.count(".") > DOTS for line in text.splitlines()):
-        raise ValueError(f"a line with more than {DOTS} dots")
+        raise ValueError(
+            f"a line with more than {DOTS} dots; divide a long list into several lines"
+        )
     try:
         found = tomllib.loads(text)
     except RecursionError:
@@ -58,10 +60,12 @@ def read_json(path: Path, lines: bool = False) -> Any:
         ValueError: it is not JSON, or beyond the bounds.
     """
     text = _read(path, JSON_SIZE)
+    if lines and not text:
+        return []
     try:
         # Only at line feeds: splitlines() would also divide strings that hold other separators.
-        parts = text.removesuffix("\n").split("\n") if lines and text else [text]
-        found = [json.loads(part) for part in (parts if text or not lines else [])]
+        parts = text.removesuffix("\n").split("\n") if lines else [text]
+        found = [json.loads(part) for part in parts]
     except RecursionError:
         raise ValueError("nested too deeply") from None
     _check(found)

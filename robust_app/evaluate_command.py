@@ -49,7 +49,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="As many test images at random, not all.")
     ] = None,
     time_limit: Annotated[
-        float, typer.Option(min=0, help="Seconds for an image, of the verifier exact.")
+        float, typer.Option(help="Seconds for an image, of the verifier exact.")
     ] = 60.0,
     data_root: DataRoot = None,
     download: Download = False,

@@ -118,7 +118,7 @@ class RunDirectory:
 
     def add_environment(self, environment: dict[str, Any]) -> None:
         """Append what this start of the run is made with to ``environment.json``."""
-        text = json.dumps([*self.environments(), environment], indent=2) + "\n"
+        text = _json([*self.environments(), environment], indent=2)
         _write(self.environment_file, text)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ class RunDirectory:
 
     def write_metrics(self, metrics: list[dict[str, Any]]) -> None:
         """Replace the metrics of all epochs."""
-        _write(self.metrics_file, "".join(json.dumps(epoch) + "\n" for epoch in metrics))
+        _write(self.metrics_file, "".join(map(_json, metrics)))
 
     def results(self) -> list[dict[str, Any]]:
         """Every evaluation of the run, oldest first."""
@@ -148,7 +148,7 @@ class RunDirectory:
 
     def add_results(self, results: list[dict[str, Any]]) -> None:
         """Append evaluations to ``results.json``."""
-        _write(self.results_file, json.dumps([*self.results(), *results], indent=2) + "\n")
+        _write(self.results_file, _json([*self.results(), *results], indent=2))
 
 
 def next_free(parent: Path, name: str) -> Path:
@@ -157,6 +157,11 @@ def next_free(parent: Path, name: str) -> Path:
     while (path := parent / f"{name}-{number}").exists():
         number += 1
     return path
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    """As :mod:`robust_app.documents` reads it again, which takes finite numbers alone."""
+    return json.dumps(content, indent=indent, allow_nan=False) + "\n"
 
 
 def _write(path: Path, text: str) -> None:

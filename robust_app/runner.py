@@ -58,7 +58,7 @@ def train(
         return
     made_with = environment.describe(world.device, world.size, config.seed, data_root)
     made_with |= {"execution": trainer.execution.name, "on_divergence": on_divergence}
-    made_with |= {"data": trainer.dataset.checksum()}
+    made_with |= {"data": trainer.dataset.checksum}
     if not directory.config_file.exists():
         directory.start(config)
     elif directory.config() != config:  # begun since this process looked, before it had the lock
@@ -136,7 +136,7 @@ def evaluate(
                 soft_wrap=True,
             )
     facts = environment.describe(dataset.x_test.device, 1, seed, None)
-    made_with = {"environment": facts, "data": dataset.checksum()}
+    made_with = {"environment": facts, "data": dataset.checksum}
     directory.add_results(
         [
             {"network": name, **dataclasses.asdict(how), **errors.as_dict(), **made_with}

@@ -1,5 +1,6 @@
 """A run in its directory: begun or resumed, saved after every epoch, evaluated at the end."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from robust_app import checkpoint, divergence, methods
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.divergence import Diverged
-from robust_app.errors import UserError, one_line
+from robust_app.errors import UserError, one_line, shown
 from robust_app.evaluation import Errors, evaluate
 from robust_app.networks import build_network
 from robust_app.run_directory import RunDirectory
@@ -178,6 +179,11 @@ def load_network(
     return network.eval().to(dataset.x_test.device), saved["epoch"]
 
 
+def _is_number(value: object) -> bool:
+    """Whether it is one, as what was read from a file may not be."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Examination:
     """How networks are evaluated on test images.
@@ -186,11 +192,12 @@ class Examination:
         epsilon: radius in pixels of [0, 1].
         pgd_steps, pgd_restarts: strength of the attack, at least 1 each.
         verifiers: the cascade; see :func:`~robust_app.evaluation.evaluate`.
-        time_limit: seconds for an image, of the verifiers that could go on for ever.
+        time_limit: seconds for an image, of the verifiers that could go on for ever; above 0.
         images: how many test images, drawn at random by the run's seed; None for all.
 
     Raises:
-        UserError: ``epsilon`` is not in [0, 1].
+        UserError: ``epsilon`` is not in [0, 1], a count is no positive integer, or the time limit
+            is not positive and finite.
     """
 
     epsilon: float
@@ -201,8 +208,17 @@ class Examination:
     images: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon <= 1:
-            raise UserError(f"epsilon: expected a number in [0, 1], found {self.epsilon}")
+        if not _is_number(self.epsilon) or not 0 <= self.epsilon <= 1:
+            raise UserError(f"epsilon: expected a number in [0, 1], found {shown(self.epsilon)}")
+        if not _is_number(self.time_limit) or not 0 < self.time_limit < math.inf:
+            found = shown(self.time_limit)
+            raise UserError(f"time limit: expected a positive, finite number, found {found}")
+        counts = {"pgd_steps": self.pgd_steps, "pgd_restarts": self.pgd_restarts}
+        if self.images is not None:
+            counts["images"] = self.images
+        for name, count in counts.items():
+            if type(count) is not int or count < 1:
+                raise UserError(f"{name}: expected a positive integer, found {shown(count)}")
 
     @classmethod
     def of(cls, config: Config) -> "Examination":

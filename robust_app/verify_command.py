@@ -39,8 +39,8 @@ def verify(
         if not world.leads:
             return
         dataset = data.load(config.dataset, data_root or directory.data_root(), download)
-        verify_run.check_data(directory, dataset)
         dataset = dataset.to(world.device)
+        verify_run.check_data(directory, dataset)
         networks = verify_run.load_networks(directory, dataset)
         console = reporting.console()
         progress = partial(reporting.evaluating, console)
@@ -49,7 +49,7 @@ def verify(
             *verify_run.of_test_images(directory, dataset, networks, progress),
         ]
         here = environment.describe(world.device, 1, config.seed, None)
-    if not claims:
+    if all(claim.found is None for claim in claims):
         raise UserError(f"{run_dir}: nothing to verify, no figure of a saved network is reported")
     console.print(_table(str(run_dir), claims))
     _conclude(console, claims, verify_run.differences(claims, here))

@@ -12,7 +12,7 @@ from torch import nn
 from robust_app import data, environment, methods, session, verifiers
 from robust_app.config import Config
 from robust_app.data import Dataset
-from robust_app.errors import UserError
+from robust_app.errors import UserError, shown
 from robust_app.evaluation import standard_and_certified
 from robust_app.run_directory import RunDirectory
 from robust_app.session import Examination
@@ -59,10 +59,10 @@ def check_data(directory: RunDirectory, dataset: Dataset) -> None:
         UserError: if they are others.
     """
     noted = [made["data"] for made in directory.environments() if "data" in made]
-    if noted and dataset.checksum() != noted[-1]:
+    if noted and dataset.checksum != noted[-1]:
         raise UserError(
-            f"{directory.path}: made on other data than these ({noted[-1][:15]}…, found "
-            f"{dataset.checksum()[:15]}…); give the run's with --data-root"
+            f"{directory.path}: made on other data than these ({shown(noted[-1])[:16]}…, found "
+            f"{shown(dataset.checksum)[:16]}…); give the run's with --data-root"
         )
 
 
@@ -118,13 +118,13 @@ def of_test_images(
         where = f"results.json, {number}"
         try:
             how, epoch = _examination(entry), _epoch(entry["network"])
-            reported = {figure: entry[figure] for figure in FIGURES}
-        except (KeyError, TypeError, ValueError) as error:
+            reported = {figure: _number(entry, figure) for figure in FIGURES}
+            made_with = _environment(entry) or (environments[-1] if environments else {})
+        except (KeyError, TypeError, ValueError, UserError) as error:
             reason = f"{directory.results_file}: damaged (entry {number}: {error})"
             raise UserError(reason) from error
-        if entry.get("data", dataset.checksum()) != dataset.checksum():
+        if "data" in entry and entry["data"] != dataset.checksum:
             raise UserError(f"{directory.results_file}: entry {number} is of other data than these")
-        made_with = entry.get("environment") or (environments[-1] if environments else {})
         found: dict[str, Any] = {}
         if epoch in networks:
             with progress(where, how.images or len(dataset.x_test)) as on_batch:
@@ -137,19 +137,34 @@ def of_test_images(
 def _examination(entry: Mapping[str, Any]) -> Examination:
     given = {field.name: entry[field.name] for field in fields(Examination) if field.name in entry}
     if "verifiers" in given:
-        given["verifiers"] = verifiers.parse(",".join(given["verifiers"]))
+        given["verifiers"] = verifiers.parse(",".join(map(str, given["verifiers"])))
     return Examination(**given)
 
 
-def _epoch(network: str) -> int:
+def _number(entry: Mapping[str, Any], figure: str) -> float:
+    value = entry[figure]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{figure}: expected a number, found {shown(value)}")
+    return value
+
+
+def _environment(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an evaluation was made with, empty if it did not note it."""
+    found = entry.get("environment", {})
+    if not isinstance(found, Mapping):
+        raise TypeError(f"environment: expected a mapping, found {shown(found)}")
+    return found
+
+
+def _epoch(network: object) -> int:
     """Of a network by the name that an evaluation gave it.
 
     >>> _epoch("best, last (epoch 12)")
     12
     """
-    found = re.search(r"\(epoch (\d+)\)$", network)
+    found = re.search(r"\(epoch (\d+)\)$", str(network))
     if found is None:
-        raise ValueError(f"expected a network with its epoch, found {network!r}")
+        raise ValueError(f"expected a network with its epoch, found {shown(network)}")
     return int(found[1])
 
 

@@ -34,7 +34,7 @@ def export(
     ] = None,
     verifier: VerifierNames = None,
     timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds for a property, of others and of exact.")
+        float, typer.Option(help="Seconds for a property, of others and of exact.")
     ] = 60.0,
     data_root: DataRoot = None,
     download: Download = False,

@@ -15,7 +15,7 @@ from robust_app.exchange.operators import LAYERS, Node
 from robust_app.layers import ElementwiseAffine
 
 NUMBERS = 2**24
-"""That a layer may make of an image, or an operator of constants."""
+"""That a layer may make of an image, or all operators of constants together."""
 
 Constants = dict[str, Any]
 """Arrays by name."""
@@ -37,13 +37,16 @@ def from_onnx(model: Any, image_shape: tuple[int, ...]) -> nn.Sequential:
     constants = {value.name: _initializer(value) for value in graph.initializer}
     last, shape = _input(graph, constants)
     layers = _to_shape(image_shape, shape)
+    left = NUMBERS
     for proto in graph.node:
         known = constants
         if proto.op_type == "Shape":  # of a batch of one: what reshapes leaves the batch open
             known = constants | {last: torch.empty(1, *shape).numpy()}
         with _refusing(proto):
             if known.keys() >= set(filter(None, proto.input)):
-                constants |= _computed(model, proto, known)
+                made = _computed(model, proto, known, left)
+                left -= sum(map(np.size, made.values()))
+                constants |= made
                 continue
             node = _node(proto, last, shape, constants)
             node.check(node.operator in LAYERS, "no layer here computes it")
@@ -98,17 +101,17 @@ def _operator(proto: Any) -> str:
     return f"{proto.domain}.{proto.op_type}" if proto.domain else str(proto.op_type)
 
 
-def _computed(model: Any, proto: Any, constants: Constants) -> Constants:
-    """The outputs of an operator on constants."""
+def _computed(model: Any, proto: Any, constants: Constants, most: int) -> Constants:
+    """The outputs of an operator on constants, of at most so many numbers."""
     opsets = {opset.domain: opset.version for opset in model.opset_import}
-    _check_computable(proto, constants, model.opset_import)
+    _check_computable(proto, constants, model.opset_import, most)
     evaluator = packages.onnx().reference.ReferenceEvaluator(proto, opsets=opsets)
     outputs = evaluator.run(None, {name: constants[name] for name in proto.input if name})
     return dict(zip(proto.output, outputs, strict=True))
 
 
-def _check_computable(proto: Any, constants: Constants, opsets: Any) -> None:
-    """Refuse an operator whose outputs may be of any size, before any is computed.
+def _check_computable(proto: Any, constants: Constants, opsets: Any, most: int) -> None:
+    """Refuse an operator whose outputs may be of more numbers, before any is computed.
 
     Raises:
         UserError: they may.
@@ -129,8 +132,12 @@ def _check_computable(proto: Any, constants: Constants, opsets: Any) -> None:
         sized = tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim)
         if not sized:
             raise UserError("the sizes of its constants do not tell those of what it makes")
-        if math.prod(sizes) > NUMBERS:
-            raise UserError(f"expected at most {NUMBERS} numbers, found sizes {shown(sizes)}")
+        most -= math.prod(sizes)
+        if most < 0:
+            raise UserError(
+                f"expected at most {NUMBERS} numbers computed of constants, those before it "
+                f"included, found sizes {shown(sizes)}"
+            )
 
 
 def _initializer(value: Any) -> Any:

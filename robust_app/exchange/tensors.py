@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from robust_app.archives import SHARED
 from robust_app.errors import UserError, shown
 from robust_app.exchange import packages
 
@@ -14,21 +15,34 @@ def read_model(path: Path) -> Any:
     """An ``onnx.ModelProto`` with its tensors in memory.
 
     Raises:
-        UserError: a package is missing, or a tensor lies elsewhere than in the file's own folder.
+        UserError: a package is missing, a tensor lies elsewhere than in the file's own folder, or
+            together they are far larger than the files that they are in.
         Exception: onnx raises almost anything of a damaged file.
     """
     onnx = packages.onnx()
     model = onnx.load(path, load_external_data=False)
     outside = onnx.external_data_helper.uses_external_data
+    sizes: dict[str, int] = {}
+    total = 0
     for tensor in _messages(model):
         if tensor.DESCRIPTOR.name == "TensorProto" and outside(tensor):
-            _check_place(path, {entry.key: entry.value for entry in tensor.external_data})
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            sizes[entries.get("location", "")], length = _measured(path, entries)
+            total += length
+    if total > SHARED * sum(sizes.values()):
+        raise UserError(
+            f"{path}: has tensors of {total} bytes together, in files of {sum(sizes.values())}"
+        )
     onnx.load_external_data_for_model(model, str(path.parent))
     return model
 
 
-def _check_place(path: Path, entries: dict[str, str]) -> None:
-    """Refuse a place that is no part of an ordinary file beside the model."""
+def _measured(path: Path, entries: dict[str, str]) -> tuple[int, int]:
+    """The bytes of a tensor's file, and of the tensor in it.
+
+    Raises:
+        UserError: its place is no part of an ordinary file beside the model.
+    """
     name = entries.get("location", "")
     file = path.parent / name
     # A link would lead to any file, and so do "..", "/" and what is no name at all.
@@ -38,6 +52,8 @@ def _check_place(path: Path, entries: dict[str, str]) -> None:
     fits = all(number.isdecimal() and len(number) < 20 for number in numbers)
     if not fits or sum(map(int, numbers)) > size or entries.keys() - ENTRIES:
         raise UserError(f"{path}: has a tensor that is no part of the {size} bytes of {name}")
+    offset, length = map(int, numbers)
+    return size, length or size - offset  # without one, all that follows
 
 
 def _messages(message: Any) -> Iterator[Any]:

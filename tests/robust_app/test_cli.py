@@ -126,13 +126,21 @@ def test_a_cascade_shows_who_decided_what(robust_app, finished_run):
 
 def test_the_complete_verifier_stops_at_its_time_limit(robust_app, finished_run):
     pytest.importorskip("scipy")
-    options = ("--verifier", "ibp,exact", "--images", "3", "--time-limit", "0")
+    options = ("--verifier", "ibp,exact", "--images", "3", "--time-limit", "1e-6")
     status, out, _ = robust_app("evaluate", finished_run, *options, "--epsilon", "0.01")
     assert status == 0
     assert "verified by ibp, exact" in out
     result = RunDirectory(finished_run).results()[-1]
-    assert (result["time_limit"], result["examples"]) == (0, 3)
+    assert (result["time_limit"], result["examples"]) == (1e-6, 3)
     assert result["certified"] + result["falsified"] + result["undecided"] == 3
+
+
+@pytest.mark.parametrize("limit", ["inf", "nan", "0"])
+def test_a_time_limit_that_could_not_be_kept_is_refused(robust_app, finished_run, limit):
+    before = (finished_run / "results.json").read_bytes()
+    outcome = robust_app("evaluate", finished_run, "--images", "3", "--time-limit", limit)
+    assert_refused(outcome, "time limit", "positive, finite")
+    assert (finished_run / "results.json").read_bytes() == before
 
 
 def test_one_verifier_needs_no_table_of_shares(robust_app, finished_run):
@@ -463,7 +471,7 @@ def test_output_that_cannot_be_written_is_one_line_and_status_2(tmp_path):
         done = subprocess.run(
             command, cwd=tmp_path, env=ONE_THREAD, stdout=full, stderr=subprocess.PIPE, text=True
         )
-    words = "robust-app: standard output: cannot be written (No space left on device)\n"
+    words = "robust-app: cannot read or write (No space left on device)\n"
     assert (done.returncode, done.stderr) == (2, words)
 
 

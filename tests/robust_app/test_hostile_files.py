@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from robust_app import archives, checkpoint, data, documents, recipes
 from robust_app.config import Config
 from robust_app.errors import UserError, one_line, shown, unknown
-from robust_app.exchange import outside
+from robust_app.exchange import outside, reading
 from robust_app.reproduction import measurements
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
@@ -224,6 +224,14 @@ def test_toml_beyond_the_bounds_is_refused(tmp_path, text):
         assert len(str(caught.value)) < 1000
 
 
+def test_a_long_list_on_one_line_is_refused_with_what_to_do():
+    numbers = [f"{i}.5" for i in range(documents.DOTS + 1)]
+    with pytest.raises(ValueError, match="divide a long list into several lines"):
+        documents.parse_toml(f"a = [{', '.join(numbers)}]")
+    divided = ",\n".join(numbers)
+    assert documents.parse_toml(f"a = [{divided}]") == {"a": [float(n) for n in numbers]}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -431,6 +439,26 @@ def test_numbers_beside_the_file_are_read(tmp_path):
     assert torch.equal(layer.weight, torch.ones(10, 64))
 
 
+@pytest.mark.parametrize("length", [{}, {"length": "2560"}])
+def test_many_tensors_that_share_a_file_are_refused(tmp_path, length):
+    made = linear()
+    [tensor] = made.graph.initializer
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "net.data").write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in ({"location": "net.data"} | length).items():
+        tensor.external_data.add(key=key, value=value)
+    path = tmp_path / "folder" / "net.onnx"
+    for number in range(archives.SHARED):
+        path.write_bytes(made.SerializeToString())
+        assert len(outside.from_file(path, few_digits())) == 2
+        made.graph.initializer.add().CopyFrom(tensor)
+        made.graph.initializer[-1].name = f"w{number}"
+    together = 2560 * (archives.SHARED + 1)
+    assert f"{together} bytes together, in files of 2560" in refused_onnx(tmp_path, made)
+
+
 HUGE = [
     helper.make_node("ConstantOfShape", ["sizes"], ["c"]),
     helper.make_node("Expand", ["one", "sizes"], ["c"]),
@@ -453,6 +481,19 @@ def test_constants_of_any_size_are_not_computed(tmp_path, huge):
     made.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in constants.items())
     made.graph.node.insert(0, huge)
     assert huge.op_type in refused_onnx(tmp_path, made)
+
+
+def test_constants_are_bounded_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "NUMBERS", 1000)
+    made = linear()
+    size = numpy_helper.from_array(np.array([400]), "size")
+    made.graph.initializer.append(size)
+    for number in range(3):
+        made.graph.node.insert(0, helper.make_node("ConstantOfShape", ["size"], [f"c{number}"]))
+        if number < 2:
+            assert len(reading.from_onnx(made, (1, 8, 8))) == 2
+    words = refused_onnx(tmp_path, made)
+    assert "node c0, operator ConstantOfShape: expected at most 1000 numbers" in words
 
 
 def test_an_operator_that_contains_a_graph_is_not_computed(tmp_path):

@@ -1,6 +1,7 @@
 """A run's networks, from its directory to errors on test images."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -33,6 +34,33 @@ def test_an_examination_is_by_default_the_one_of_the_run():
     assert Examination.of(config) == Examination(
         epsilon=0.05, pgd_steps=7, pgd_restarts=2, verifiers=("ibp",), time_limit=60.0, images=None
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"time_limit": limit} for limit in (math.inf, math.nan, 0.0, -1.0, "60")),
+        *({"epsilon": epsilon} for epsilon in (math.nan, -0.1, 1.1, "0.1", None, True)),
+        *({name: n} for name in ("pgd_steps", "pgd_restarts") for n in (0, "10", 1.5, None, True)),
+        *({"images": images} for images in (0, -1, "10", 2.0, False)),
+    ],
+)
+def test_an_examination_that_cannot_be_made_is_refused(change):
+    how = Examination(0.1, pgd_steps=1, pgd_restarts=1)
+    [name] = change
+    with pytest.raises(UserError, match=f"^{name.replace('time_', 'time ')}: expected a"):
+        dataclasses.replace(how, **change)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_could_not_be_read_again_is_not_written(tmp_path, value):
+    directory = RunDirectory(tmp_path)
+    for write in (directory.add_results, directory.write_metrics):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write([{"network": "last", "figure": value}])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        directory.add_environment({"figure": value})
+    assert not list(tmp_path.iterdir())
 
 
 def test_stages_end_with_their_last_epoch():

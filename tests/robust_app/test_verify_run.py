@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from functools import partial
+from operator import methodcaller
 
 import numpy as np
 import pytest
@@ -156,6 +158,8 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
     status, out, _ = robust_app("verify-run", "run")
     assert status == 0
     assert out.count("this network is not kept") == 4 * len(run.results())
+    run.metrics_file.unlink()  # so that nothing is left to compare
+    assert_refused(robust_app("verify-run", "run"), "nothing to verify")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +178,31 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
         (
             lambda run: rewrite(run, "results.json", lambda entry: entry.update(verifiers=["no"])),
             ("unknown verifier 'no'",),
+        ),
+        *(
+            (
+                partial(rewrite, name="results.json", change=methodcaller("update", change)),
+                ("results.json: damaged", "entry 1", *change),
+            )
+            for change in (
+                {"standard_error": "4"},
+                {"falsified": True},
+                {"pgd_error": None},
+                {"environment": "packages"},
+                {"environment": None},
+                {"pgd_steps": "10"},
+                {"images": -1},
+                {"epsilon": [0.1]},
+                {"network": 1},
+            )
+        ),
+        (
+            lambda run: rewrite(run, "results.json", lambda entry: entry.update(verifiers=[1])),
+            ("results.json: damaged", "entry 1", "unknown verifier '1'"),
+        ),
+        (
+            lambda run: rewrite(run, "environment.json", lambda made: made.update(data=5)),
+            ("made on other data than these (5…",),
         ),
         (
             lambda run: (run.results_file.unlink(), run.metrics_file.unlink()),

@@ -84,7 +84,7 @@ def full_disk(folder: Path, unbroken: Path, count: int) -> str:
             child = call((*RUN, "--run-dir", disk / "run", "--tensorboard"), folder)
             if child.status == 0:
                 continue
-            refused(child, "cannot be written", "No space left on device")
+            refused(child, "No space left on device")
             check(disk / "run")
             if left := list((disk / "run").glob("*.partial")):
                 raise Unsound(f"left behind, on a full disk: {left}")
