@@ -66,9 +66,9 @@ def _input(graph: Any, constants: Constants) -> tuple[str, tuple[int, ...]]:
         raise UserError(f"expected one input, found {len(inputs)}")
     dimensions = inputs[0].type.tensor_type.shape.dim
     shape = tuple(dimension.dim_value for dimension in dimensions[1:])
-    if not shape or 0 in shape:  # 0 stands for a size that is left open
+    if not shape or min(shape) < 1:  # 0 stands for a size that is left open
         found = tuple(dimension.dim_param or dimension.dim_value for dimension in dimensions)
-        raise UserError(f"expected an input of batch and image of known size, found {found}")
+        raise UserError(f"expected an input of batch and image of known size, found {shown(found)}")
     return inputs[0].name, shape
 
 
@@ -106,7 +106,8 @@ def _computed(model: Any, proto: Any, constants: Constants, most: int) -> Consta
     opsets = {opset.domain: opset.version for opset in model.opset_import}
     _check_computable(proto, constants, model.opset_import, most)
     evaluator = packages.onnx().reference.ReferenceEvaluator(proto, opsets=opsets)
-    outputs = evaluator.run(None, {name: constants[name] for name in proto.input if name})
+    with np.errstate(all="ignore"):  # what comes of it is looked at by whoever uses it
+        outputs = evaluator.run(None, {name: constants[name] for name in proto.input if name})
     return dict(zip(proto.output, outputs, strict=True))
 
 

@@ -130,7 +130,7 @@ def _judge(error: UserError) -> str:
     first = error  # that others have said more of
     while cause is not None:
         first = cause if isinstance(cause, UserError) else first
-        words = f"{type(cause).__name__} {cause}".lower()
+        words = f"{type(cause).__name__} {cause}".partition("\n")[0].lower()
         asked = isinstance(cause, MemoryError) or "allocat" in words or "bad_alloc" in words
         assert not asked, f"asked for too much memory: {words[:200]}"
 

@@ -1,6 +1,7 @@
 """A process that tries the files of a range of numbers, and may die of one of them."""
 
 import faulthandler
+import importlib
 import sys
 
 import torch
@@ -13,6 +14,7 @@ def main(name: str, seed: int, start: int, stop: int) -> None:
     """Say each number before it is tried, and what became of all in the end."""
     torch.set_num_threads(1)
     faulthandler.enable()
+    importlib.import_module("torch._dynamo")  # which shapes without numbers take seconds to import
     form = FORMATS[name]()
     running.run(form, name, seed, range(-3, 0))  # what is imported late, is now
     running.limit_addresses()
