@@ -124,7 +124,6 @@ def attempt(form: Format, folder: Path) -> str | None:
 def _judge(error: UserError) -> str:
     """The function that refused, if it did so as it should."""
     text = str(error)
-    assert text.isprintable(), f"not a line: {text[:200]!r}"
     assert len(text) <= LINE, f"a line of {len(text)} characters: {text[:200]}"
     cause: BaseException | None = error
     first = error  # that others have said more of
