@@ -168,9 +168,9 @@ def _store(patience: timedelta) -> Any:
     """
     distributed: Any = torch.distributed  # it has all names only where it is available
     store, _, _ = next(rendezvous("env://", timeout=patience))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        store = distributed.PrefixStore(f"attempt {_restarts()}", store)
-    return store
+    of_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    name = f"attempt {_restarts()}" if of_one_node else "default_pg"  # which is torch's own
+    return distributed.PrefixStore(name, store)
 
 
 def _of_another_process(error: RuntimeError) -> bool:
