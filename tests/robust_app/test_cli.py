@@ -552,7 +552,7 @@ def test_evaluate_refuses_what_it_cannot_use(robust_app, finished_run):
     outcome = robust_app("evaluate", finished_run, "--images", "361")
     assert_refused(outcome, "images", "360", "361")
     assert_refused(robust_app("evaluate", finished_run, "--images", "0"), "--images")
-    assert_refused(robust_app("evaluate", finished_run, "--time-limit", "-1"), "--time-limit")
+    assert_refused(robust_app("evaluate", finished_run, "--time-limit", "-1"), "time", "-1")
     assert RunDirectory(finished_run).results() == before
 
 
