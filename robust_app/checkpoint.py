@@ -1,6 +1,7 @@
 """Files that are whole or not there, and that execute nothing when read."""
 
 import errno
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -22,14 +23,17 @@ def save(content: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: if the disk is full or may not be written.
     """
-    with replacing(path) as partial, partial.open("wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            # Broken off, torch still tries to end its archive, and fails with an error of its own.
-            if isinstance(error.__context__, KeyboardInterrupt | OSError):
-                raise error.__context__ from None
-            raise
+    # Not into the file itself: broken off, torch ends its archive when it may be closed already,
+    # and aborts the process.
+    archive = io.BytesIO()
+    try:
+        torch.save(content, archive)
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
+    with replacing(path) as partial:
+        partial.write_bytes(archive.getbuffer())
 
 
 @contextmanager
