@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from robust_app.batch_norm import BatchNorm
 from robust_app.fused import relu_box
 from robust_app.interval import Interval
-from robust_app.layer_rules import IN_TRAINING, Rules, is_plainly
+from robust_app.layer_rules import DROPOUTS, IN_TRAINING, Rules, is_plainly
 from robust_app.layers import ElementwiseAffine, Normalize, Residual
 
 
@@ -131,14 +131,7 @@ def _avg_pool2d(layer: nn.AvgPool2d, interval: Interval) -> Interval:
     return _averaging(layer, interval)
 
 
-@_RULES.of(
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
+@_RULES.of(*DROPOUTS)
 def _dropout(layer: nn.Module, interval: Interval) -> Interval:
     if layer.training:
         raise _RULES.unsupported(layer, IN_TRAINING)

@@ -8,18 +8,17 @@ Boxes may be float64, for a network :func:`in_float64`, or float32: faster and a
 
 import copy
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from robust_app.bounds import flattened, propagate
+from robust_app.bounds import propagate
 from robust_app.errors import UserError
 from robust_app.interval import Computed, Interval
 from robust_app.layer_rules import is_plainly
 from robust_app.layers import Residual
-from robust_app.margins import margin_bounds, margins_after
+from robust_app.margins import layer_inputs, margin_bounds, margins_after
 from robust_app.precision import plain_float32
 from robust_app.rounding import rounded, rounding_error
 
@@ -43,6 +42,7 @@ def in_float64(network: nn.Module) -> nn.Module:
     >>> in_float64(nn.LeakyReLU(0.1)).negative_slope  # as float32 has it
     0.10000000149011612
     """
+    _check_plain(network)
     float32 = _is_float32(network)
     exact = copy.deepcopy(network).double()
     if float32:
@@ -54,15 +54,7 @@ def in_float64(network: nn.Module) -> nn.Module:
 
 
 def _is_float32(network: nn.Module) -> bool:
-    """Whether its parameters are float32, and not float64."""
-    for name, layer in network.named_modules():
-        hooks = layer._forward_hooks or layer._forward_pre_hooks
-        if hooks or is_parametrized(layer):
-            what = "hooks" if hooks else "parametrizations"
-            raise UserError(
-                f"network: certificates are of layers that compute what their type does, found "
-                f"{what} on {name or 'the network'}; remove them first"
-            )
+    """Whether its numbers are float32, not float64; of a network without any, true."""
     kinds = {
         tensor.dtype: name
         for name, tensor in network.state_dict().items()
@@ -75,15 +67,27 @@ def _is_float32(network: nn.Module) -> bool:
     return torch.float64 not in kinds
 
 
+def _check_plain(network: nn.Module) -> None:
+    """Refuse what makes a layer compute something else than its type does."""
+    for name, layer in network.named_modules():
+        hooks = layer._forward_hooks or layer._forward_pre_hooks
+        if hooks or is_parametrized(layer):
+            what = "hooks" if hooks else "parametrizations"
+            raise UserError(
+                f"network: certificates are of layers that compute what their type does, found "
+                f"{what} on {name or 'the network'}; remove them first"
+            )
+
+
 def as_network(x: Tensor, network: nn.Module) -> Tensor:
     """Images in the type of the network's numbers, if these are the same images.
 
     Raises:
-        UserError: float32 does not hold them; or see :func:`in_float64`.
+        UserError: float32 does not hold them, or the network is in another type.
     """
     if not _is_float32(network):
         return x.double()
-    if x.dtype != torch.float32 and any(True for _ in network.parameters()):
+    if x.dtype != torch.float32 and next(network.parameters(), None) is not None:
         raise UserError(f"x: expected torch.float32 as the network is, found {x.dtype}")
     return x
 
@@ -144,15 +148,8 @@ def _computed(box: Interval, error: Tensor | None) -> Computed:
 
 
 def enclosures(network: nn.Module, box: Interval) -> Iterator[tuple[nn.Module, Interval]]:
-    """Each layer, nested Sequentials unrolled, with the box of computed values at its input.
-
-    Like :func:`robust_app.margins.layer_inputs`.
-    """
-    layers = flattened(network) or [nn.Identity()]
-    yield layers[0], box
-    for before, layer in pairwise(layers):
-        box = enclose(before, box)
-        yield layer, box
+    """:func:`~robust_app.margins.layer_inputs` with boxes of computed values."""
+    return layer_inputs(network, box, enclose)
 
 
 def computed_margins(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:

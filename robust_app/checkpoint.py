@@ -2,7 +2,6 @@
 
 import errno
 import io
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from robust_app import archives
 from robust_app.errors import UserError, one_line
@@ -100,18 +98,3 @@ def restore(network: nn.Module, state: dict[str, Any], path: Path) -> None:
     # Of what is no mapping of tensors, torch finds out in many ways.
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: holds another network ({one_line(error)})") from error
-
-
-def check_adam(optimizer: Optimizer) -> None:
-    """See that Adam can step from the state that it was given; torch's loading does not.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    for parameter, state in optimizer.state.items():
-        shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
-        moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.shape)
-        if shapes and shapes != {"step": torch.Size(), **moments}:
-            raise ValueError(f"optimizer: expected Adam's state of {parameter.shape}")
-        if shapes and not 0 <= state["step"].item() < math.inf:
-            raise ValueError(f"optimizer: expected a number of steps, found {state['step']}")

@@ -6,28 +6,22 @@ any worker that would feed it.
 
 import dataclasses
 import hashlib
-import io
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robust_app import archives
+from robust_app.data_files import KEYS, SOURCES, Arrays, read_npz, read_torchvision
 from robust_app.errors import UserError, one_line, shown, unknown
 
-Arrays = Mapping[str, NDArray[Any]]
 CLASSES = 1000
 """The most that a data set may have: bounds take memory by their square."""
-
-KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 DATASETS = {
     "digits": "UCI handwritten digits, 1,437 + 360 images of 1x8x8, in the package",
@@ -84,32 +78,6 @@ class Dataset:
         return f"sha256:{digest.hexdigest()}"
 
 
-class _Source(NamedTuple):
-    """Where torchvision keeps a data set below its root, and the name of its class there."""
-
-    class_name: str
-    folder: str
-    files: tuple[str, ...]
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-
-_IDX = tuple(
-    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-)
-_TORCHVISION = {
-    "mnist": _Source("MNIST", "MNIST/raw", _IDX),
-    "fashion-mnist": _Source("FashionMNIST", "FashionMNIST/raw", _IDX),
-    "cifar10": _Source(
-        "CIFAR10",
-        "cifar-10-batches-py",
-        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-    ),
-}
-
-
 def load(name: str, data_root: Path | None = None, download: bool = False) -> Dataset:
     """Load a data set of :data:`DATASETS` into memory, on the CPU.
 
@@ -132,102 +100,21 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     (1, 8, 8)
     """
     if name.startswith("npz:"):
-        return _assemble(name, _read_npz(Path(name.removeprefix("npz:"))))
+        return _assemble(name, read_npz(Path(name.removeprefix("npz:"))))
     if name == "digits":
         with resources.as_file(resources.files("robust_app") / "digits.npz") as path:
-            return _assemble(name, _read_npz(path))
-    if name not in _TORCHVISION:
+            return _assemble(name, read_npz(path))
+    if name not in SOURCES:
         raise unknown("dataset", name, DATASETS)
     if data_root is None:
         raise UserError(f"dataset {name} needs --data-root, the folder its files lie in")
-    source, packed = _TORCHVISION[name], data_root / f"{name}.npz"
+    source, packed = SOURCES[name], data_root / f"{name}.npz"
     try:
         is_packed = packed.is_file()
     except OSError as error:  # of a name that is too long, or a folder that may not be read
         raise UserError(f"dataset {name}: {shown(str(data_root))}: {one_line(error)}") from error
-    if is_packed:
-        arrays = _read_npz(packed)
-    else:
-        arrays = _read_torchvision(name, source, data_root, download)
-    return _assemble(name, arrays, source.mean, source.std)
-
-
-def _read_npz(path: Path) -> Arrays:
-    try:
-        arrays, found = archives.read_arrays(path.expanduser(), KEYS)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError of a home that is not there
-        raise UserError(f"{path}: cannot be read as an .npz file ({_reason(error)})") from error
-    if len(arrays) < len(KEYS):
-        raise UserError(
-            f"{path}: expected the arrays {', '.join(KEYS)}, found {', '.join(found) or 'none'}"
-        )
-    return arrays
-
-
-def _read_torchvision(name: str, source: _Source, root: Path, download: bool) -> Arrays:
-    from torchvision import datasets
-
-    folder = root / source.folder
-    missing = [file for file in source.files if not (folder / file).is_file()]
-    if missing and not download:
-        raise UserError(
-            f"dataset {name}: {', '.join(missing)} not found in {folder}; "
-            "give another --data-root, or --download to fetch the files"
-        )
-    maker = getattr(datasets, source.class_name)
-    try:
-        if source.files == _IDX:
-            if missing:
-                maker(root, download=True)
-            return _read_idx(folder)
-        # It unpickles files of the right checksums alone.
-        parts = {
-            part: maker(root, train=train, download=download)
-            for part, train in (("train", True), ("test", False))
-        }
-    except Exception as error:  # a damaged file may raise almost anything
-        problem = (
-            f"cannot be downloaded to {folder} ({_reason(error)})"
-            if missing
-            else f"the files in {folder} are damaged ({_reason(error)}); "
-            "delete them and use --download to fetch them again"
-        )
-        raise UserError(f"dataset {name}: {problem}") from error
-    images = {f"x_{part}": np.asarray(data.data) for part, data in parts.items()}
-    labels = {f"y_{part}": np.asarray(data.targets) for part, data in parts.items()}
-    return images | labels
-
-
-def _read_idx(folder: Path) -> Arrays:
-    """The four files of :data:`_IDX`.
-
-    Raises:
-        OSError: one cannot be read.
-        ValueError: one is not as long as its header says.
-    """
-    arrays = (_idx(folder / file, 3 if "images" in file else 1) for file in _IDX)
-    return dict(zip(KEYS, arrays, strict=True))
-
-
-def _idx(path: Path, dimensions: int) -> NDArray[Any]:
-    """Bytes of a shape that a header of big-endian numbers says."""
-    with path.open("rb") as file:
-        magic, *shape = np.frombuffer(file.read(4 * (1 + dimensions)), ">u4").tolist()
-        size = file.seek(0, io.SEEK_END) - 4 * (1 + dimensions)
-        expected = 0x800 + dimensions  # 8 is of bytes
-        if magic != expected or len(shape) != dimensions or math.prod(shape) != size:
-            raise ValueError(
-                f"{path.name}: expected the number {expected} and {dimensions} sizes, of as many "
-                f"bytes as follow, found {magic}, {shape} and {size} bytes"
-            )
-        file.seek(-size, io.SEEK_END)
-        return np.frombuffer(bytearray(file.read()), np.uint8).reshape(shape)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return one_line(error)
+    read = read_npz(packed) if is_packed else read_torchvision(name, source, data_root, download)
+    return _assemble(name, read, source.mean, source.std)
 
 
 def _assemble(

@@ -1,18 +1,14 @@
 """Numbers that explode: where they did first, and what a run does about it."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from robust_app.checkpoint import replacing
 from robust_app.errors import UserError
 
 STOP, LOWER = "stop", "lower-lr"
-FILE = "divergences.jsonl"  # in the run directory: a line each time it goes back
 CHOICES = (STOP, LOWER)
 """What a run does that diverges: end, or go back to its last checkpoint at a lower rate."""
 
@@ -111,21 +107,3 @@ def described(losses: Sequence[str]) -> str:
     if len(losses) == 1:
         return f"the {losses[0]} loss or its gradient is not finite"
     return f"the {' and '.join(losses)} losses or their gradients are not finite"
-
-
-def record(folder: Path, where: str, scale: float) -> None:
-    """Add a line to ``divergences.jsonl``: where the run diverged, and the scale from then on.
-
-    A run that was killed before its checkpoint was written diverges there again, and says it once.
-
-    Raises:
-        UserError: if the file cannot be read or written.
-    """
-    file, line = folder / FILE, json.dumps({"where": where, "learning_rate_scale": scale})
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from error
-    if line not in lines:
-        with replacing(file) as partial:
-            partial.write_text("\n".join([*lines, line]) + "\n", encoding="utf-8")

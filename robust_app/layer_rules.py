@@ -11,6 +11,16 @@ from robust_app.errors import UserError
 
 IN_TRAINING = "it is in training mode; call .eval() on it first"
 
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+"""The identity, in evaluation."""
+
 _Layer = TypeVar("_Layer", bound=nn.Module)
 _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 

@@ -1,6 +1,6 @@
 """Bounds of the margins over a box (paper, section 2)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -40,10 +40,19 @@ def margin_bounds(network: nn.Module, interval: Interval, labels: Tensor) -> Ten
     return margins_after(last, hidden, labels)
 
 
-def layer_inputs(network: nn.Module, interval: Interval) -> Iterator[tuple[nn.Module, Interval]]:
+def layer_inputs(
+    network: nn.Module,
+    interval: Interval,
+    through: Callable[[nn.Module, Interval], Interval] = propagate,
+) -> Iterator[tuple[nn.Module, Interval]]:
     """Each layer of the network, nested Sequentials unrolled, with the box at its input.
 
     A box is computed when it is asked for: that after the last layer never is.
+
+    Args:
+        network: whose layers all have a rule.
+        interval: the box at the first.
+        through: takes a box through a layer.
 
     Raises:
         UnsupportedLayer: see :func:`robust_app.bounds.propagate`.
@@ -55,7 +64,7 @@ def layer_inputs(network: nn.Module, interval: Interval) -> Iterator[tuple[nn.Mo
     layers = flattened(network) or [nn.Identity()]
     yield layers[0], interval
     for before, layer in pairwise(layers):
-        interval = propagate(before, interval)
+        interval = through(before, interval)
         yield layer, interval
 
 

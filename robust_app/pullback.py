@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from robust_app import small_patches
 from robust_app.batch_norm import BatchNorm
-from robust_app.layer_rules import IN_TRAINING, Rules
+from robust_app.layer_rules import DROPOUTS, IN_TRAINING, Rules
 from robust_app.layers import ElementwiseAffine, Normalize
 
 
@@ -132,7 +132,7 @@ def _reshape(layer: nn.Module, bound: LinearBound, shape: torch.Size) -> LinearB
     return LinearBound(bound.coefficients.reshape(*bound.constant.shape, *shape), bound.constant)
 
 
-@_RULES.of(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+@_RULES.of(*DROPOUTS)
 def _dropout(layer: nn.Module, bound: LinearBound, shape: torch.Size) -> LinearBound:
     del shape
     if layer.training:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from robust_app.batch_norm import BatchNorm
 from robust_app.interval import Interval
-from robust_app.layer_rules import Rules
+from robust_app.layer_rules import DROPOUTS, Rules
 from robust_app.layers import ElementwiseAffine, Normalize
 
 UNITS: Mapping[torch.dtype, float] = {
@@ -30,7 +30,7 @@ UNITS: Mapping[torch.dtype, float] = {
 
 Float64 rounds, in as many operations, 2²⁹ times less than float32: the 2⁻¹⁰ pays for it. Bounds in
 float32 take 16 u: one for the network; one for the centre and two for the radius of a box, whose
-terms are no more than the network's; the others for what is elementwise.
+terms are no more than the network's; the others to spare.
 """
 
 UNDERFLOW = 2.0**-125
@@ -50,11 +50,11 @@ def rounded(roundings: int | Tensor, sizes: Tensor) -> Tensor:
     """What so many roundings in a row, of numbers of these sizes, may add up to.
 
     Args:
-        roundings: n of γₙ, below 2¹⁶ / 16.
+        roundings: n of γₙ.
         sizes: what is rounded is at most this large, in float64 or float32.
 
     Returns:
-        Of the shape and type of ``sizes``; inf where float32 may overflow or n is too large.
+        Of the shape and type of ``sizes``; inf where float32 may overflow, or nu is a quarter.
 
     >>> rounded(3, torch.ones(1, dtype=torch.float64)) / (3 * 2**-24)
     tensor([1.0010], dtype=torch.float64)
@@ -200,12 +200,7 @@ def _batch_norm(layer: Any, box: Interval) -> Tensor:
     nn.Threshold,
     nn.MaxPool2d,
     nn.AdaptiveMaxPool2d,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
+    *DROPOUTS,
 )
 def _choice(layer: nn.Module, box: Interval) -> None:
     """Of layers that choose among inputs and constants."""

@@ -29,6 +29,7 @@ class RunDirectory:
         self.config_file = path / "config.toml"
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.divergences_file = path / "divergences.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
         self.best_file = path / "best.pt"
         self.last_file = path / "last.pt"
@@ -141,6 +142,20 @@ class RunDirectory:
     def write_metrics(self, metrics: list[dict[str, Any]]) -> None:
         """Replace the metrics of all epochs."""
         _write(self.metrics_file, "".join(map(_json, metrics)))
+
+    def divergences(self) -> list[dict[str, Any]]:
+        """Where the run diverged, each time that it went back, and the scale from then on."""
+        return _read_list(self.divergences_file, ("where", "learning_rate_scale"), lines=True)
+
+    def add_divergence(self, where: str, scale: float) -> None:
+        """Append to ``divergences.jsonl``.
+
+        A run that was killed before its checkpoint was written diverges there again, and says it
+        once.
+        """
+        found, new = self.divergences(), {"where": where, "learning_rate_scale": scale}
+        if new not in found:
+            _write(self.divergences_file, "".join(map(_json, [*found, new])))
 
     def results(self) -> list[dict[str, Any]]:
         """Every evaluation of the run, oldest first."""

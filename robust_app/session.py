@@ -97,7 +97,7 @@ def _go_back(trainer: Trainer, directory: RunDirectory, watcher: Watcher, error:
     _check_agreement(trainer, directory)  # also: all have read the file that is replaced now
     trainer.learning_rate_scale = scale
     if trainer.world.leads:
-        divergence.record(directory.path, error.where, scale)
+        directory.add_divergence(error.where, scale)
         checkpoint.save(FORMAT | trainer.state_dict(), directory.checkpoint_file)
     watcher.note(
         f"training diverged in {error.where}; it goes on after epoch {trainer.epochs_done} "

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from mogd import Threshold, UnbiasedMultiGradient, parallel
-from robust_app import batch_norm, batches, checkpoint, data, methods, precision
+from robust_app import batch_norm, batches, data, methods, precision, training_state
 from robust_app.attacks import uniform_start
 from robust_app.compilation import CompiledLosses
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.divergence import Diverged, FirstFault, all_finite, described
-from robust_app.errors import UserError, shown
+from robust_app.errors import UserError
 from robust_app.evaluation import CHUNK, standard_and_certified
 from robust_app.execution import Eager, Report, Values
 from robust_app.folding import fold
@@ -159,28 +159,13 @@ class Trainer:
             LookupError, ValueError, TypeError, AttributeError, RuntimeError: the state is of
                 another run.
         """
-        epochs_done, total = state["epochs_done"], self.config.total_epochs
-        if not isinstance(epochs_done, int) or not 0 <= epochs_done <= total:
-            raise ValueError(f"epochs_done: expected 0 to {total}, found {shown(epochs_done)}")
-        scale = state.get("learning_rate_scale", 1.0)  # older runs have none
-        if not isinstance(scale, float) or not 0 < scale <= 1:
-            raise ValueError(f"learning_rate_scale: expected 0 to 1, found {shown(scale)}")
+        done = training_state.epochs_done(state, self.config.total_epochs)
+        scale = training_state.learning_rate_scale(state)
         self._initialize()  # a later stage has frozen and folded layers
-        self.begin_stage(setting(self.config, max(epochs_done - 1, 0)).stage)
+        self.begin_stage(setting(self.config, max(done - 1, 0)).stage)
         self.network.load_state_dict(state["network"])
-        saved = state["optimizer"]
-        if not isinstance(saved, dict) or not all(
-            isinstance(g, dict) for g in saved["param_groups"]
-        ):
-            raise TypeError("optimizer: expected mappings")
-        # The options are the configuration's: a run may continue on another device or by another
-        # execution.
-        pairs = zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
-        groups = [ours | {"params": theirs["params"]} for theirs, ours in pairs]
-        self.optimizer.load_state_dict(saved | {"param_groups": groups})
-        checkpoint.check_adam(self.optimizer)
-        self.epochs_done = epochs_done
-        self.learning_rate_scale = scale
+        training_state.restore_adam(self.optimizer, state["optimizer"])
+        self.epochs_done, self.learning_rate_scale = done, scale
 
     def certifiable(self) -> nn.Module:
         """The network as it is evaluated and saved: in evaluation mode, BatchNorm folded away."""

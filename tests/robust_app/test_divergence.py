@@ -1,6 +1,5 @@
 """Runs whose numbers explode: what they say, what they keep, and how they go on."""
 
-import json
 import math
 import shutil
 
@@ -144,9 +143,9 @@ def test_a_run_goes_back_and_on_at_half_the_learning_rate(tmp_path):
     for note, scale in zip(spoiler.notes, ("0.5", "0.25"), strict=True):
         assert note.startswith(f"training diverged in {where} are not finite; it goes on after ")
         assert note.endswith(f"epoch 2 at {scale} of the learning rate")
-    lines = (tmp_path / divergence.FILE).read_text().splitlines()
-    assert [json.loads(line)["learning_rate_scale"] for line in lines] == [0.5, 0.25]
-    assert all(json.loads(line)["where"].startswith(where) for line in lines)
+    lines = RunDirectory(tmp_path).divergences()
+    assert [line["learning_rate_scale"] for line in lines] == [0.5, 0.25]
+    assert all(line["where"].startswith(where) for line in lines)
 
 
 def test_it_resumes_to_the_bits_of_an_unbroken_one_wherever_it_paused(tmp_path):
@@ -171,29 +170,27 @@ def test_killed_before_its_new_checkpoint_it_goes_back_again_and_says_it_once(
     class Killed(Exception):
         """Instead of the signal."""
 
-    record = divergence.record
+    add = RunDirectory.add_divergence
 
     def dies(*arguments):
-        record(*arguments)
+        add(*arguments)
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(divergence, "record", dies)
+        patched.setattr(RunDirectory, "add_divergence", dies)
         with pytest.raises(Killed):
             spoiled(config, tmp_path / "killed", *where, stops=(3,), **limit)
     resumed, _ = spoiled(config, tmp_path / "killed", *where, stops=(3,), **limit)
     assert torch.equal(parameters_of(unbroken), parameters_of(resumed))
-    one, other = (
-        (tmp_path / name / divergence.FILE).read_text() for name in ("unbroken", "killed")
-    )
+    one, other = (RunDirectory(tmp_path / name).divergences() for name in ("unbroken", "killed"))
     assert one == other
 
 
 def test_after_five_times_it_ends(tmp_path):
     with pytest.raises(Diverged, match=r"at 0\.03125 of the learning rate; .*_rate\)$"):
         spoiled(full_strength("advibp"), tmp_path, 2, 1)
-    lines = (tmp_path / divergence.FILE).read_text().splitlines()
-    assert [json.loads(line)["learning_rate_scale"] for line in lines] == [
+    lines = RunDirectory(tmp_path).divergences()
+    assert [line["learning_rate_scale"] for line in lines] == [
         1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32,
     ]  # fmt: skip
     assert checkpoint.load(tmp_path / "checkpoint.pt")["learning_rate_scale"] == 1 / 32
@@ -205,7 +202,7 @@ def test_without_the_option_it_ends_at_once_and_can_be_resumed_with_it(tmp_path)
     limit = {"limit": config.learning_rate / 2}
     with pytest.raises(Diverged, match=r"are not finite; the checkpoint before it is whole"):
         spoiled(config, tmp_path, 2, 1, on_divergence=divergence.STOP, stops=(3,), **limit)
-    assert not (tmp_path / divergence.FILE).exists()
+    assert not RunDirectory(tmp_path).divergences_file.exists()
     assert checkpoint.load(tmp_path / "checkpoint.pt")["learning_rate_scale"] == 1
     trainer, _ = spoiled(config, tmp_path, 2, 1, stops=(3,), **limit)
     assert (trainer.epochs_done, trainer.learning_rate_scale) == (3, 0.5)
@@ -231,9 +228,9 @@ def test_a_checkpoint_of_an_older_version_goes_on_at_the_whole_learning_rate(tmp
 
 
 def test_a_damaged_record_is_refused(tmp_path):
-    (tmp_path / divergence.FILE).write_bytes(b"\xff\xfe\xff")
+    RunDirectory(tmp_path).divergences_file.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UserError, match=r"divergences\.jsonl: cannot be read"):
-        divergence.record(tmp_path, "epoch 1", 0.5)
+        RunDirectory(tmp_path).add_divergence("epoch 1", 0.5)
 
 
 # --- The command
