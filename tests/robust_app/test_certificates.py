@@ -219,6 +219,22 @@ def test_a_network_that_overflows_is_not_certified():
         assert not verifier.decide(network, x, torch.tensor([0]), 0.0, 1.0).certified.any(), name
 
 
+def test_what_is_infinite_leaves_a_layer_as_anything_and_its_neighbours_alone():
+    """Hardtanh brings infinity into range, but not inf - inf: bounds of real numbers say less."""
+    box = Interval(torch.zeros(2, 2), torch.tensor([[math.inf, 1.0], [1.0, 1.0]]))
+    out = enclose(nn.Hardtanh(), box)
+    assert out.radius[0].isnan().all()
+    assert out.radius[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("center", "radius"), [(1e6, 0.0), (0.0, 1e6)])
+def test_a_box_pays_for_its_own_rounding(center, radius):
+    """Hardtanh computes exactly: what is added is for the bounds' own arithmetic."""
+    box = Interval(torch.full((1, 1), center), torch.full((1, 1), radius))
+    out = enclose(nn.Hardtanh(-4e6, 4e6), box)
+    assert (out.radius - radius).item() >= 1e6 * torch.finfo(torch.float32).eps
+
+
 def test_halves_are_refused_by_name():
     network = nn.Sequential(nn.Linear(2, 2)).half()
     with pytest.raises(UserError, match=r"found 0\.bias in torch\.float16"):

@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import linprog
 from torch import nn
 
-from robust_app import crown
+from robust_app import crown, rounding
 from robust_app.attacks import falsified
 from robust_app.certificates import ENDS, ball, certified, enclosures, margin_errors
 from robust_app.errors import UserError
@@ -57,27 +57,41 @@ def assert_counterexample(network, x, label, epsilon, found):
     assert network(found.unsqueeze(0)).argmax(1).item() != label
 
 
-@pytest.mark.parametrize("excess", [0.02, 5e-7, -0.02])
-def test_the_answer_is_that_of_all_patterns_of_activations(excess):
-    """With the last bias so that the least margin is near 0, on a known side of it."""
+def with_least_margin(margin, seed):
+    """A network, an image and its class; its last bias so that the least margin is as given."""
+    network, epsilon = dense_network(seed), 0.3
+    x = torch.rand(3, dtype=torch.float64)
+    label = network(x.unsqueeze(0)).argmax(1)
+    network[-1].bias.data[label] += margin - least_margin(network, x, label.item(), epsilon)
+    return network, x, label, epsilon
+
+
+@pytest.mark.parametrize("margin", [0.02, -0.02])
+def test_the_answer_is_that_of_all_patterns_of_activations(margin):
     beyond_bounds = 0
     for seed in range(5):
-        network, epsilon = dense_network(seed), 0.3
-        x = torch.rand(3, dtype=torch.float64)
-        label = network(x.unsqueeze(0)).argmax(1)
-        least = least_margin(network, x, label.item(), epsilon)
-        network[-1].bias.data[label] += excess - least
+        network, x, label, epsilon = with_least_margin(margin, seed)
         decision = decide(network, x, label.item(), epsilon, time_limit=60.0)
         beyond_bounds += not crown.alpha_crown(network, x[None], label, epsilon).item()
-        if 0 < excess < 1e-6:  # within what the solver lets pass as 0
-            proved = crown.alpha_crown(network, x[None], label, epsilon).item()
-            assert decision.verdict is (Verdict.CERTIFIED if proved else Verdict.UNDECIDED)
-        elif excess > 0:
+        if margin > 0:
             assert decision == (Verdict.CERTIFIED, None)
         else:
             assert decision.verdict is Verdict.FALSIFIED
             assert_counterexample(network, x, label.item(), epsilon, decision.counterexample)
     assert beyond_bounds >= 1
+
+
+def test_a_margin_within_what_the_solver_lets_pass_is_left_open(monkeypatch):
+    """With networks that round nothing, so that only the solver's tolerance is in the way."""
+    monkeypatch.setitem(rounding.UNITS, torch.float64, 0.0)
+    left_open = 0
+    for seed in range(8):
+        network, x, label, epsilon = with_least_margin(7e-7, seed)
+        proved = crown.alpha_crown(network, x[None], label, epsilon).item()
+        decision = decide(network, x, label.item(), epsilon, time_limit=60.0)
+        assert decision.verdict is (Verdict.CERTIFIED if proved else Verdict.UNDECIDED)
+        left_open += not proved
+    assert left_open >= 1
 
 
 def open_network(slope):
@@ -171,15 +185,27 @@ def test_without_scipy_it_says_what_to_install(monkeypatch):
         decide(open_network(slope=0.1), MIDDLE, 0, 0.5, time_limit=60.0)
 
 
+def test_a_network_that_overflows_in_one_neuron_is_left_open():
+    network = linear([[1.0], [1.0]], [0.0, 0.0]).double()
+    network.weight.data[0] = network.bias.data[0] = 1.7e308
+    network = nn.Sequential(network, nn.ReLU())
+    decision = decide(network, torch.tensor([0.5], dtype=torch.float64), 0, 0.5, time_limit=60.0)
+    assert decision == (Verdict.UNDECIDED, None)
+
+
+LARGE = 2.0**16
+"""Of this size float32 rounds by more than the solver lets pass."""
+
+
 def chain_of_roundings(sign, shift, constant):
-    """Margin sign · ReLU(1024 x - 512 + shift) + constant, through numbers that are about 512."""
+    """Margin sign · ReLU(x - 0.5 + shift) + constant, through numbers that are about LARGE."""
     network = nn.Sequential(
-        linear([[1024.0]], [0.0]),
+        linear([[1.0]], [LARGE]),
         nn.ReLU(),
-        linear([[1.0]], [-512.0]),
+        linear([[1.0]], [-LARGE - 0.5]),
         nn.ReLU(),
-        linear([[1.0]], [512.0]),
-        linear([[float(sign)], [0.0]], [-512.0 * sign, 0.0]),
+        linear([[1.0]], [LARGE]),
+        linear([[float(sign)], [0.0]], [-LARGE * sign, 0.0]),
     ).double()
     with torch.no_grad():
         network[2].bias += shift
@@ -198,7 +224,7 @@ def roundings_of(network, x, epsilon):
 def test_what_rounding_may_take_is_not_certified(sign):
     """In real numbers all margins are above 0; rounding may take a ninth more than there is."""
     x, label, epsilon = torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([0]), 0.01
-    radius = 1024 * (epsilon + ENDS)
+    radius = epsilon + ENDS
     with torch.no_grad():
         before, after = roundings_of(chain_of_roundings(sign, 0.0, 0.0), x, epsilon)
     assert min(before, after) > 1e-4  # more than the tolerance of the solver
