@@ -1,7 +1,7 @@
 """What a study compares: runs of one configuration that differ in how two losses are weighed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -121,16 +121,16 @@ def shared_priorities(*shares: float) -> list[Variation]:
 
 
 def ablations() -> list[Variation]:
-    """Whole runs that differ in one thing from the first."""
+    """Whole runs: two fronts, and what differs in one thing from the first, the recipe's."""
+    fronts = [
+        *bisectors((1, 10), (1, 3), (1, 1)),
+        *weighted_sums((1, 4), (1, 1), (2, 1), (4, 1), (8, 1)),
+    ]
     exact = BisectorProjection(preference=(1.0, 10.0), length="norm_of_mean")
     later: dict[str, dict[str, Any]] = {
-        "mogd 1 to 10": {},
-        "mogd 1 to 1": {"preference": (1.0, 1.0)},
         "no κ_reg": {"regularization": 0.0},
         "c_max 0.0256": {"fosc_maximum": 0.0256},
         "c_max 1e-4": {"fosc_maximum": 1e-4},
-        "weighted sum 2 to 1": {"method": "weighted-sum", "preference": (2.0, 1.0)},
-        "weighted sum 1 to 1": {"method": "weighted-sum", "preference": (1.0, 1.0)},
         "certified loss alone": {"certified_epochs": 19.7},  # after 0.3 of warm-up
     }
     throughout: dict[str, dict[str, Any]] = {
@@ -141,6 +141,7 @@ def ablations() -> list[Variation]:
         "no regularisers of boxes": {"box_regularizers": 0.0},
     }
     return [
+        *(replace(variation, joint=True) for variation in fronts),
         *(Variation(name, name, changes, joint=True) for name, changes in later.items()),
         Variation("‖m‖ for v", "‖m‖ for v", rule=exact, joint=True),
         Variation("this batch's gradients", "this batch's gradients", own_batch=True, joint=True),
