@@ -2,6 +2,8 @@
 # make test   sets a fresh machine up and passes the tests
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests take one core each.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-all bench soak fuzz docs check clean
@@ -10,10 +12,10 @@ demo: .venv/app
 	$(BIN)/robust-app train
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 bench: .venv/dev
 	$(BIN)/python -m tests.benchmarks

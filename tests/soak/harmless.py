@@ -39,7 +39,6 @@ HARMLESS: dict[tuple[str, str, str], str] = {
     ("margins", "_margins_after", "-1 → 1"): FLAT,
     ("relaxation", "relax_relu", "lower → upper (3)"): TYPE,
     ("pullback", "_transposed", "-2 → 2"): ROWS,
-    ("slopes", "tightened", "(lower < 0) & (upper > 0) → (lower < 0) | (upper > 0)"): MORE,
     ("slopes", "tightened", "lower → upper (2)"): TYPE,
     ("slopes", "tightened", "lower → upper (3)"): TYPE,
     ("slopes", "tightened", "lower → upper (4)"): TYPE,
