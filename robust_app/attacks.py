@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from robust_app.interval import check_images
+
 Network = Callable[[Tensor], Tensor]
 
 IMAGES = (0.0, 1.0)
@@ -139,6 +141,7 @@ def falsified(
     """
     _check_at_least_one("steps", steps)
     _check_at_least_one("restarts", restarts)
+    check_images(x)
     lower, upper = _ball(x, epsilon)
     step_size = 2.5 * epsilon / steps
     broken = network(x).argmax(1) != labels

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from robust_app.bounds import propagate
 from robust_app.errors import UserError
-from robust_app.interval import Computed, Interval
+from robust_app.interval import Computed, Interval, check_images
 from robust_app.layer_rules import is_plainly
 from robust_app.layers import Residual
 from robust_app.margins import layer_inputs, margin_bounds, margins_after
@@ -100,11 +100,12 @@ def ball(x: Tensor, epsilon: float | Tensor) -> Interval:
         epsilon: radius >= 0 in pixels of [0, 1].
 
     Raises:
-        ValueError: ``epsilon`` is below 0 or NaN.
+        ValueError: ``epsilon`` is below 0 or NaN, or x is not in [0, 1].
     """
     radius = float(epsilon)
     if not radius >= 0:
         raise ValueError(f"epsilon must be at least 0, got {radius}")
+    check_images(x)  # of others, the ball within [0, 1] says nothing, or is empty
     box = Interval.around(x, radius + ENDS)
     return Interval(box.center, box.radius + SPARE[x.dtype])
 
@@ -162,12 +163,28 @@ def computed_margins(last: nn.Module, hidden: Interval, labels: Tensor) -> Tenso
 
     Returns:
         ``(batch, classes)`` with inf in column y.
+
+    Raises:
+        ValueError: the labels are of another type or shape, or no classes of the network.
     """
+    logits = enclose(last, hidden)
+    _check_labels(labels, *logits.center.shape)
     if is_plainly(last, nn.Linear):  # merged with the margins, as for training
         margins = margins_after(last, hidden, labels) - margin_errors(last, hidden, labels)
     else:
-        margins = margins_after(nn.Identity(), enclose(last, hidden), labels)
+        margins = margins_after(nn.Identity(), logits, labels)
     return _of_others(margins, labels)
+
+
+def _check_labels(labels: Tensor, images: int, classes: int) -> None:
+    if labels.dtype != torch.int64 or labels.shape != (images,):
+        raise ValueError(
+            f"labels: expected torch.int64 of shape ({images},), "
+            f"found {labels.dtype} of {tuple(labels.shape)}"
+        )
+    if images > 0 and not bool(((labels >= 0) & (labels < classes)).all()):
+        found = f"from {labels.min().item()} to {labels.max().item()}"
+        raise ValueError(f"labels: expected classes from 0 to {classes - 1}, found {found}")
 
 
 def _of_others(margins: Tensor, labels: Tensor) -> Tensor:

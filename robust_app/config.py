@@ -48,8 +48,12 @@ TEXT = Rule(
 )
 PRECISION = Rule("float32, tf32 or bf16", lambda v: v in PRECISIONS, str)
 SWITCH = Rule("true or false", lambda v: isinstance(v, bool), bool)
-POSITIVE_INTEGER = Rule("an integer of at least 1", lambda v: _whole(v, 1, sys.maxsize), int)
-INTEGER = Rule("an integer of at least 0", lambda v: _whole(v, 0, sys.maxsize), int)
+POSITIVE_INTEGER = Rule(
+    "an integer of at least 1, of 64 bits", lambda v: _whole(v, 1, sys.maxsize), int
+)
+INTEGER = Rule("an integer of at least 0, of 64 bits", lambda v: _whole(v, 0, sys.maxsize), int)
+# Files name it too, and none may ask for a year of work.
+ATTEMPTS = Rule("an integer from 1 to 1000000", lambda v: _whole(v, 1, 10**6), int)
 UNIT = Rule("a number in [0, 1]", lambda v: _within(v, 0, 1), float)
 FACTOR = Rule("a number in (0, 1]", lambda v: _within(v, _TINY, 1), float)
 POSITIVE = Rule("a finite number above 0", lambda v: _within(v, _TINY, _HUGE), float)
@@ -158,7 +162,7 @@ class Config:
     crown_share: Annotated[tuple[float, float], UNIT_PAIR] = (1.0, 0.0)
     box_regularizers: Annotated[float, NONNEGATIVE] = 0.0
     attack_step: Annotated[float, POSITIVE] = 1.25  # α / ε
-    attack_steps: Annotated[int, POSITIVE_INTEGER] = 10
+    attack_steps: Annotated[int, ATTEMPTS] = 10
     one_start_per_batch: Annotated[bool, SWITCH] = False
     stages: Annotated[int, INTEGER] = 0
     stage_epochs: Annotated[int, POSITIVE_INTEGER] = 1
@@ -169,8 +173,8 @@ class Config:
     crop_padding: Annotated[int, INTEGER] = 4
     precision: Annotated[str, PRECISION] = "float32"
     held_out: Annotated[int, INTEGER]
-    pgd_steps: Annotated[int, POSITIVE_INTEGER]
-    pgd_restarts: Annotated[int, POSITIVE_INTEGER]
+    pgd_steps: Annotated[int, ATTEMPTS]
+    pgd_restarts: Annotated[int, ATTEMPTS]
     seed: Annotated[int, INTEGER]
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ class Diverged(UserError):
             before, advice = f" at {scale:g} of the learning rate", ""
         super().__init__(
             f"training diverged in {where}{before}; the checkpoint before it is whole "
-            f"(try a lower learning_rate{advice})"
+            f"(try a lower learning_rate in a new run{advice})"
         )
         self.where = where
 

@@ -65,13 +65,22 @@ def read_json(path: Path, lines: bool = False) -> Any:
     try:
         # Only at line feeds: splitlines() would also divide strings that hold other separators.
         parts = text.removesuffix("\n").split("\n") if lines else [text]
-        found = [json.loads(part) for part in parts]
+        found = [_parse_json(part, line) for line, part in enumerate(parts, 1)]
     except RecursionError:
         raise ValueError("nested too deeply") from None
     _check(found)
     if any(isinstance(value, float) and not math.isfinite(value) for value in _values(found)):
         raise ValueError("a number that is not finite")
     return found if lines else found[0]
+
+
+def _parse_json(text: str, line: int) -> Any:
+    """The value of text that begins in a line of its file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {line + error.lineno - 1}, column {error.colno}"
+        raise ValueError(f"{error.msg} in {where}") from None
 
 
 def _read(path: Path, most: int) -> str:

@@ -63,6 +63,21 @@ class Interval:
         return cls.between((x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1))
 
 
+def check_images(x: Tensor) -> None:
+    """See that images are in the domain [0, 1].
+
+    Raises:
+        ValueError: an entry is not, or is NaN.
+
+    >>> check_images(torch.tensor([[0.0, 255.0]]))
+    Traceback (most recent call last):
+    ValueError: x: expected images in [0, 1], found values from 0 to 255
+    """
+    if x.numel() > 0 and not bool(((x >= 0) & (x <= 1)).all()):
+        found = f"values from {x.min():g} to {x.max():g}"
+        raise ValueError(f"x: expected images in [0, 1], found {found}")
+
+
 @dataclass(frozen=True)
 class Computed(Interval):
     """A box of what a network computes in floating point.

@@ -58,8 +58,13 @@ class Rules:
 
     def unsupported(self, layer: nn.Module, why: str = "") -> UnsupportedLayer:
         """The error for a layer; without a reason, how a rule is registered."""
-        name = type(layer).__name__
-        return UnsupportedLayer(f"no {self.give} for the layer {name}: {why or self._remedy}")
+        name, remedy = type(layer).__name__, self._remedy
+        if next(layer.children(), None) is not None:
+            remedy = (
+                f"its forward is its own; make it an nn.Sequential of known layers, export it to "
+                f"ONNX for robust-app evaluate FILE.onnx, or {remedy}"
+            )
+        return UnsupportedLayer(f"no {self.give} for the layer {name}: {why or remedy}")
 
     @property
     def _remedy(self) -> str:

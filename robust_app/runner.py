@@ -114,6 +114,8 @@ def evaluate(
     directory.results()  # a damaged file is to be noticed before the work, not after it
     rows: dict[int, tuple[str, Errors]] = {}
     images = how.images or len(dataset.x_test)
+    if lost := session.lost_best(directory):
+        console.print(lost, markup=False, highlight=False, soft_wrap=True)
     for which in ("best", "last"):
         if which == "best" and not directory.best_file.exists():
             continue

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_app import checkpoint, divergence, methods
-from robust_app.config import Config
+from robust_app.config import ATTEMPTS, POSITIVE_INTEGER, Config
 from robust_app.data import Dataset
 from robust_app.divergence import Diverged
 from robust_app.errors import UserError, one_line, shown
@@ -74,7 +74,7 @@ def run(
         if trainer.epochs_done == 0:
             checkpoint.save(FORMAT | trainer.state_dict(), directory.checkpoint_file)
         else:
-            _mend(trainer, directory, metrics)
+            _mend(trainer, directory, metrics, watcher)
     while trainer.epochs_done < stop_after:
         try:
             metrics.append(trainer.train_epoch(watcher))
@@ -131,13 +131,28 @@ def _save_networks(
     checkpoint.save(model, directory.last_file)
 
 
-def _mend(trainer: Trainer, directory: RunDirectory, metrics: list[dict[str, Any]]) -> None:
+def _mend(
+    trainer: Trainer, directory: RunDirectory, metrics: list[dict[str, Any]], watcher: Watcher
+) -> None:
     """Bring metrics and networks to the epoch of the checkpoint, if a run was killed between."""
     if len(directory.metrics()) > len(metrics):
         directory.write_metrics(metrics)
     last = directory.last_file  # the last of them all
     if not last.exists() or checkpoint.load(last).get("epoch") != trainer.epochs_done:
         _save_networks(trainer, directory, metrics)
+    best = best_epoch(metrics)
+    if best == trainer.epochs_done and not directory.best_file.exists():
+        _save_networks(trainer, directory, metrics)
+    elif lost := lost_best(directory):
+        watcher.note(lost)
+
+
+def lost_best(directory: RunDirectory) -> str | None:
+    """What to tell where ``metrics.jsonl`` has a best epoch, and its network is gone."""
+    best = best_epoch(directory.metrics())
+    if best is None or directory.best_file.exists():
+        return None
+    return f"{directory.best_file}: missing, the network of epoch {best}"
 
 
 def _restore(trainer: Trainer, directory: RunDirectory) -> None:
@@ -190,13 +205,13 @@ class Examination:
 
     Attributes:
         epsilon: radius in pixels of [0, 1].
-        pgd_steps, pgd_restarts: strength of the attack, at least 1 each.
+        pgd_steps, pgd_restarts: strength of the attack, from 1 to a million each.
         verifiers: the cascade; see :func:`~robust_app.evaluation.evaluate`.
         time_limit: seconds for an image, of the verifiers that could go on for ever; above 0.
         images: how many test images, drawn at random by the run's seed; None for all.
 
     Raises:
-        UserError: ``epsilon`` is not in [0, 1], a count is no positive integer, or the time limit
+        UserError: ``epsilon`` is not in [0, 1], a count is out of its range, or the time limit
             is not positive and finite.
     """
 
@@ -213,12 +228,13 @@ class Examination:
         if not _is_number(self.time_limit) or not 0 < self.time_limit < math.inf:
             found = shown(self.time_limit)
             raise UserError(f"time limit: expected a positive, finite number, found {found}")
-        counts = {"pgd_steps": self.pgd_steps, "pgd_restarts": self.pgd_restarts}
+        counts = {"pgd_steps": ATTEMPTS, "pgd_restarts": ATTEMPTS}
         if self.images is not None:
-            counts["images"] = self.images
-        for name, count in counts.items():
-            if type(count) is not int or count < 1:
-                raise UserError(f"{name}: expected a positive integer, found {shown(count)}")
+            counts["images"] = POSITIVE_INTEGER
+        for name, rule in counts.items():
+            count = getattr(self, name)
+            if not rule.admits(count):
+                raise UserError(f"{name}: expected {rule.expectation}, found {shown(count)}")
 
     @classmethod
     def of(cls, config: Config) -> "Examination":

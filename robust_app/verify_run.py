@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from robust_app import data, environment, methods, session, verifiers
+from robust_app import checkpoint, data, environment, methods, session, verifiers
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.errors import UserError, shown
@@ -64,6 +64,24 @@ def check_data(directory: RunDirectory, dataset: Dataset) -> None:
             f"{directory.path}: made on other data than these ({shown(noted[-1])[:16]}…, found "
             f"{shown(dataset.checksum)[:16]}…); give the run's with --data-root"
         )
+
+
+def check_files(directory: RunDirectory) -> None:
+    """See that a run has what its figures were measured by and are kept in.
+
+    Raises:
+        UserError: a file is missing, damaged or holds fewer epochs than the checkpoint.
+    """
+    done = checkpoint.load(directory.checkpoint_file).get("epochs_done")
+    if not isinstance(done, int):
+        raise UserError(f"{directory.checkpoint_file}: damaged (it does not say how many epochs)")
+    found = len(directory.metrics())
+    if found < done:
+        raise UserError(
+            f"{directory.metrics_file}: {done} epochs are done, found the metrics of {found}"
+        )
+    if lost := session.lost_best(directory):
+        raise UserError(lost)
 
 
 def load_networks(directory: RunDirectory, dataset: Dataset) -> Networks:

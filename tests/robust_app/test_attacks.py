@@ -358,6 +358,19 @@ def test_pgd_refuses_wrong_arguments(changed, message):
         pgd(relu_network(), x, LABELS, **(arguments | changed))
 
 
+def test_falsified_refuses_images_outside_of_the_domain():
+    with pytest.raises(ValueError, match=r"x: expected images in \[0, 1\], found values from"):
+        falsified(
+            relu_network(),
+            2 + images(),
+            LABELS,
+            epsilon=0.1,
+            steps=1,
+            restarts=1,
+            generator=generator(),
+        )
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

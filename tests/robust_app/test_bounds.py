@@ -214,6 +214,20 @@ def test_users_register_rules_for_their_layers():
     assert torch.equal(output.upper, torch.tensor([2.0]))
 
 
+class OfLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_forward_over_layers_is_told_of_its_ways():
+    with pytest.raises(UnsupportedLayer, match=r"OfLayers: .*nn\.Sequential .*ONNX .*or register"):
+        propagate(OfLayers(), Interval(torch.zeros(1, 2), torch.ones(1, 2)))
+
+
 class DoubledSequential(nn.Sequential):
     def forward(self, x):
         return 2 * super().forward(x)

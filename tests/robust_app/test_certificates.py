@@ -235,6 +235,31 @@ def test_a_box_pays_for_its_own_rounding(center, radius):
     assert (out.radius - radius).item() >= 1e6 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("value", [-2.0, 1.01, math.nan])
+def test_images_outside_of_the_domain_are_refused(value):
+    """The ball within [0, 1] around -2 is the point 0, where this network says something else."""
+    network = nn.Sequential(linear([[1.0], [-1.0]], [0.5, 0.0]), nn.ReLU(), nn.Identity())
+    x, label = torch.tensor([[value]]), torch.tensor([0])
+    for verifier in VERIFIERS.values():
+        with pytest.raises(ValueError, match=r"x: expected images in \[0, 1\], found values from"):
+            verifier.decide(network, x, label, 0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (torch.tensor([0, 7]), "classes from 0 to 2, found from 0 to 7"),
+        (torch.tensor([-1, 0]), "classes from 0 to 2, found from -1 to 0"),
+        (torch.tensor([0.0, 1.0]), "found torch.float32 of"),
+        (torch.tensor([0]), "of shape \\(2,\\), found torch.int64 of \\(1,\\)"),
+    ],
+)
+@pytest.mark.parametrize("network", [nn.Identity(), nn.Linear(3, 3)], ids=["last", "merged"])
+def test_labels_that_are_no_classes_are_refused(network, labels, found):
+    with pytest.raises(ValueError, match=f"^labels: expected .*{found}"):
+        certified(network, torch.rand(2, 3), labels, 0.1)
+
+
 def test_halves_are_refused_by_name():
     network = nn.Sequential(nn.Linear(2, 2)).half()
     with pytest.raises(UserError, match=r"found 0\.bias in torch\.float16"):

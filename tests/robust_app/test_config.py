@@ -18,6 +18,7 @@ FIELDS = [field.name for field in dataclasses.fields(Config)]
 texts = st.text("a:/.é😀 '\"\\#=,[]{}", min_size=1)  # what TOML gives a meaning, and beyond ASCII
 units = st.floats(0, 1)
 counts = st.integers(1, 2**63 - 1)
+attempts = st.integers(1, 10**6)
 durations = st.floats(0, 3.4e38)
 above_zero = st.floats(0, 3.4e38, exclude_min=True)
 configs = st.builds(
@@ -48,7 +49,7 @@ configs = st.builds(
     crown_share=st.tuples(units, units),
     box_regularizers=durations,
     attack_step=above_zero,
-    attack_steps=counts,
+    attack_steps=attempts,
     one_start_per_batch=st.booleans(),
     stages=counts,
     stage_epochs=counts,
@@ -59,8 +60,8 @@ configs = st.builds(
     crop_padding=counts,
     precision=st.sampled_from(PRECISIONS),
     held_out=counts,
-    pgd_steps=counts,
-    pgd_restarts=counts,
+    pgd_steps=attempts,
+    pgd_restarts=attempts,
     seed=counts,
 )
 
@@ -101,10 +102,10 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("epsilon", math.nan, "a number in [0, 1]"),
         ("epsilon", "0.1", "a number in [0, 1]"),
         ("evaluation_epsilon", True, "a number in [0, 1]"),
-        ("epochs", 0, "an integer of at least 1"),
-        ("epochs", 2.0, "an integer of at least 1"),
-        ("epochs", True, "an integer of at least 1"),
-        ("batch_size", 0, "an integer of at least 1"),
+        ("epochs", 0, "an integer of at least 1, of 64 bits"),
+        ("epochs", 2.0, "an integer of at least 1, of 64 bits"),
+        ("epochs", True, "an integer of at least 1, of 64 bits"),
+        ("batch_size", 0, "an integer of at least 1, of 64 bits"),
         ("learning_rate", 0, "a finite number above 0"),
         ("learning_rate", math.inf, "a finite number above 0"),
         ("learning_rate", 10**400, "a finite number above 0"),
@@ -139,21 +140,22 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("crown_share", (True, 0), "two numbers in [0, 1]"),
         ("box_regularizers", -1, "a finite number of at least 0"),
         ("attack_step", 0, "a finite number above 0"),
-        ("attack_steps", 0, "an integer of at least 1"),
-        ("stages", -1, "an integer of at least 0"),
-        ("stages", 1.5, "an integer of at least 0"),
-        ("stage_epochs", 0, "an integer of at least 1"),
+        ("attack_steps", 0, "an integer from 1 to 1000000"),
+        ("stages", -1, "an integer of at least 0, of 64 bits"),
+        ("stages", 1.5, "an integer of at least 0, of 64 bits"),
+        ("stage_epochs", 0, "an integer of at least 1, of 64 bits"),
         ("stage_learning_rate", 0, "a finite number above 0"),
         ("stage_milestones", [-1], "a list of finite numbers of at least 0"),
-        ("crop_padding", -1, "an integer of at least 0"),
+        ("crop_padding", -1, "an integer of at least 0, of 64 bits"),
         ("gradient_clip", 0, "a number above 0, or inf"),
         ("gradient_clip", math.nan, "a number above 0, or inf"),
         ("augment", 1, "true or false"),
-        ("held_out", -1, "an integer of at least 0"),
-        ("pgd_steps", 0, "an integer of at least 1"),
-        ("pgd_restarts", 0, "an integer of at least 1"),
-        ("seed", -1, "an integer of at least 0"),
-        ("seed", 2**63, "an integer of at least 0"),
+        ("held_out", -1, "an integer of at least 0, of 64 bits"),
+        ("pgd_steps", 0, "an integer from 1 to 1000000"),
+        ("pgd_steps", 10**6 + 1, "an integer from 1 to 1000000"),
+        ("pgd_restarts", 0, "an integer from 1 to 1000000"),
+        ("seed", -1, "an integer of at least 0, of 64 bits"),
+        ("seed", 2**63, "an integer of at least 0, of 64 bits"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name, value, expectation):

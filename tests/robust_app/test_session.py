@@ -154,6 +154,33 @@ def test_what_a_kill_kept_from_being_written_is_made_from_the_checkpoint(tmp_pat
     assert killed.last_file.stat().st_mtime_ns == before  # nothing was to be mended
 
 
+class Noting(Silent):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_a_best_network_that_is_lost_is_made_again_or_told_of(tmp_path, best):
+    config, directory = full_strength("ibp", epochs=2), RunDirectory(tmp_path)
+    directory.start(config)
+    trained(config, tmp_path, stops=(2,), dataset=few_digits())
+    lines = directory.metrics()
+    lines[best - 1]["verified_error"] = -1.0  # lower than the other's
+    directory.write_metrics(lines)
+    directory.best_file.unlink(missing_ok=True)
+    watcher = Noting()
+    run(Trainer(config, few_digits(), ALONE), directory, watcher, 2)
+    if best == 2:
+        assert checkpoint.load(directory.best_file)["epoch"] == 2
+        assert watcher.notes == []
+    else:
+        assert watcher.notes == [f"{directory.best_file}: missing, the network of epoch 1"]
+        assert not directory.best_file.exists()
+
+
 def test_a_run_whose_metrics_are_lost_is_not_resumed(tmp_path):
     config, directory = full_strength("ibp", epochs=2), RunDirectory(tmp_path)
     directory.start(config)

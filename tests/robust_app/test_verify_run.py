@@ -158,7 +158,8 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
     status, out, _ = robust_app("verify-run", "run")
     assert status == 0
     assert out.count("this network is not kept") == 4 * len(run.results())
-    run.metrics_file.unlink()  # so that nothing is left to compare
+    measured = dict.fromkeys(("standard_error", "verified_error"))
+    run.write_metrics([line | measured for line in run.metrics()])  # so that nothing is left
     assert_refused(robust_app("verify-run", "run"), "nothing to verify")
 
 
@@ -205,8 +206,26 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
             ("made on other data than these (5…",),
         ),
         (
-            lambda run: (run.results_file.unlink(), run.metrics_file.unlink()),
-            ("nothing to verify",),
+            lambda run: run.metrics_file.write_text(""),
+            ("metrics.jsonl: 3 epochs are done, found the metrics of 0",),
+        ),
+        (lambda run: run.checkpoint_file.unlink(), ("checkpoint.pt: cannot be read",)),
+        (
+            lambda run: run.checkpoint_file.write_bytes(run.checkpoint_file.read_bytes()[:-99]),
+            ("checkpoint.pt: not a checkpoint of robust-app, or damaged",),
+        ),
+        (
+            lambda run: checkpoint.save({"format": "robust-app 1"}, run.checkpoint_file),
+            ("checkpoint.pt: damaged (it does not say how many epochs)",),
+        ),
+        (lambda run: run.best_file.unlink(), ("best.pt: missing, the network of epoch",)),
+        (
+            lambda run: run.metrics_file.write_text(run.metrics_file.read_text()[:-40]),
+            ("metrics.jsonl: cannot be read", "in line 3, column"),
+        ),
+        (
+            lambda run: rewrite(run, "results.json", lambda entry: entry.update(pgd_steps=10**7)),
+            ("results.json: damaged", "an integer from 1 to 1000000, found 10000000"),
         ),
     ],
 )
