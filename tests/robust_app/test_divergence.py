@@ -187,7 +187,9 @@ def test_killed_before_its_new_checkpoint_it_goes_back_again_and_says_it_once(
 
 
 def test_after_five_times_it_ends(tmp_path):
-    with pytest.raises(Diverged, match=r"at 0\.03125 of the learning rate; .*_rate in a new run\)$"):
+    with pytest.raises(
+        Diverged, match=r"at 0\.03125 of the learning rate; .*_rate in a new run\)$"
+    ):
         spoiled(full_strength("advibp"), tmp_path, 2, 1)
     lines = RunDirectory(tmp_path).divergences()
     assert [line["learning_rate_scale"] for line in lines] == [
