@@ -255,7 +255,7 @@ def _requested(
 ) -> Config:
     """The configuration that the options describe, on top of a stored one if no recipe is named."""
     config = stored if recipe is None else None
-    config = config or recipe_book.load(recipe or "digits")
+    config = config or recipe_book.load("digits" if recipe is None else recipe)
     if epochs is not None:
         config = configs.with_epochs(config, epochs)
     if seed is not None:

@@ -95,11 +95,14 @@ def summary(values: dict[str, Any]) -> str:
 
     >>> summary({"epsilon": 0.1, "fosc_threshold": 0.0, "natural_loss": 0.5})
     'natural 0.500  ε 0.1000'
+    >>> summary({"epsilon": 0.1, "natural_loss": 2.1e34})  # it is about to diverge
+    'natural 2.1e+34  ε 0.1000'
     """
     parts = []
     for name in ("natural", "adversarial", "certified", "mixed"):
         if f"{name}_loss" in values:
-            part = f"{name} {values[f'{name}_loss']:.3f}"
+            loss = values[f"{name}_loss"]
+            part = f"{name} {loss:.3f}" if loss < 1e6 else f"{name} {loss:.3g}"
             if f"{name}_weight" in values:
                 part += f" ×{values[f'{name}_weight']:.2f}"
             parts.append(part)

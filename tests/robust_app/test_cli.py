@@ -317,6 +317,7 @@ def test_printing_an_unknown_recipe_names_the_nearest(robust_app):
     ("arguments", "words"),
     [
         (("--recipe", "digit"), ("recipe", "'digits'")),
+        (("--recipe", ""), ("unknown recipe ''",)),
         (("--recipe", "missing.toml"), ("missing.toml", "cannot be read")),
         (("--set", "epsilom=0.1"), ("epsilom", "'epsilon'")),
         (("--set", "epsilon=2"), ("epsilon", "[0, 1]", "2")),
