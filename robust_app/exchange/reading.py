@@ -17,6 +17,9 @@ from robust_app.layers import ElementwiseAffine
 NUMBERS = 2**24
 """That a layer may make of an image, or all operators of constants together."""
 
+OPERATORS = 1000
+"""Of a model, at most: thousands of tiny ones, as a small file may hold, take minutes to verify."""
+
 Constants = dict[str, Any]
 """Arrays by name."""
 
@@ -31,9 +34,11 @@ def from_onnx(model: Any, image_shape: tuple[int, ...]) -> nn.Sequential:
             be flat, or have more or fewer dimensions of 1.
 
     Raises:
-        UserError: the model is no such chain, or is for images of another shape.
+        UserError: the model is no such chain, too long a one, or for images of another shape.
     """
     graph = model.graph
+    if len(graph.node) > OPERATORS:
+        raise UserError(f"expected at most {OPERATORS} operators, found {len(graph.node)}")
     constants = {value.name: _initializer(value) for value in graph.initializer}
     last, shape = _input(graph, constants)
     layers = _to_shape(image_shape, shape)

@@ -129,6 +129,18 @@ def test_channels_that_come_last_are_refused():
         from_onnx(model([node("Relu", "X")], (8, 8, 3)), (3, 8, 8))
 
 
+def chain(length):
+    names = ["X", *(f"h{number}" for number in range(1, length)), "Y"]
+    nodes = [node("Relu", a, output=b) for a, b in zip(names, names[1:], strict=False)]
+    return model(nodes, (6,))
+
+
+def test_a_chain_of_more_operators_than_anyone_needs_is_refused():
+    assert len(from_onnx(chain(1000), (6,))) == 1000
+    with pytest.raises(UserError, match=r"^expected at most 1000 operators, found 1001$"):
+        from_onnx(chain(1001), (6,))
+
+
 def two_inputs():
     made = model([node("Relu", "X")], (6,))
     made.graph.input.append(helper.make_tensor_value_info("Z", helper.TensorProto.FLOAT, [1]))
