@@ -1,5 +1,7 @@
 """Chains of operators; each one alone is in test_operators.py."""
 
+import itertools
+
 import pytest
 import torch
 from onnx import helper, numpy_helper
@@ -131,7 +133,7 @@ def test_channels_that_come_last_are_refused():
 
 def chain(length):
     names = ["X", *(f"h{number}" for number in range(1, length)), "Y"]
-    nodes = [node("Relu", a, output=b) for a, b in zip(names, names[1:], strict=False)]
+    nodes = [node("Relu", a, output=b) for a, b in itertools.pairwise(names)]
     return model(nodes, (6,))
 
 
