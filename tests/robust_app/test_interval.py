@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from robust_app.interval import Computed, Interval
+from robust_app.interval import Computed, Interval, check_images
 
 
 def test_around_is_the_ball_within_the_image_domain():
@@ -50,3 +50,10 @@ def test_a_choice_of_boxes_keeps_what_they_are():
         assert torch.equal(again.radius, values[images] + 1)
         assert torch.equal(again.error, values[images] + 2)
         assert Computed(values, values, None).select(images).error is None
+
+
+def test_images_of_which_one_pixel_is_outside_of_the_domain_are_refused_with_their_range():
+    check_images(torch.tensor([[0.0, 1.0]]))
+    check_images(torch.empty(0, 2))
+    with pytest.raises(ValueError, match=r"^x: .* \[0, 1\], found values from 0\.5 to 2$"):
+        check_images(torch.tensor([[0.5, 2.0]]))
