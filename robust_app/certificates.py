@@ -168,7 +168,7 @@ def computed_margins(last: nn.Module, hidden: Interval, labels: Tensor) -> Tenso
         ValueError: the labels are of another type or shape, or no classes of the network.
     """
     logits = enclose(last, hidden)
-    _check_labels(labels, *logits.center.shape)
+    check_labels(labels, logits.center.shape)
     if is_plainly(last, nn.Linear):  # merged with the margins, as for training
         margins = margins_after(last, hidden, labels) - margin_errors(last, hidden, labels)
     else:
@@ -176,13 +176,26 @@ def computed_margins(last: nn.Module, hidden: Interval, labels: Tensor) -> Tenso
     return _of_others(margins, labels)
 
 
-def _check_labels(labels: Tensor, images: int, classes: int) -> None:
+def check_labels(labels: Tensor, logits: torch.Size) -> None:
+    """See that labels are classes of a network.
+
+    Args:
+        labels: of a batch.
+        logits: their shape.
+
+    Raises:
+        ValueError: the labels are of another type or shape, or no classes of the network; or the
+            logits are not ``(batch, classes)``.
+    """
+    if len(logits) != 2:
+        raise ValueError(f"expected logits of shape (batch, classes), got {tuple(logits)}")
+    images, classes = logits
     if labels.dtype != torch.int64 or labels.shape != (images,):
         raise ValueError(
             f"labels: expected torch.int64 of shape ({images},), "
             f"found {labels.dtype} of {tuple(labels.shape)}"
         )
-    if images > 0 and not bool(((labels >= 0) & (labels < classes)).all()):
+    if not bool(((labels >= 0) & (labels < classes)).all()):
         found = f"from {labels.min().item()} to {labels.max().item()}"
         raise ValueError(f"labels: expected classes from 0 to {classes - 1}, found {found}")
 

@@ -52,7 +52,7 @@ POSITIVE_INTEGER = Rule(
     "an integer of at least 1, of 64 bits", lambda v: _whole(v, 1, sys.maxsize), int
 )
 INTEGER = Rule("an integer of at least 0, of 64 bits", lambda v: _whole(v, 0, sys.maxsize), int)
-# Files name it too, and none may ask for a year of work.
+# More is a slip, of a user or of a file.
 ATTEMPTS = Rule("an integer from 1 to 1000000", lambda v: _whole(v, 1, 10**6), int)
 UNIT = Rule("a number in [0, 1]", lambda v: _within(v, 0, 1), float)
 FACTOR = Rule("a number in (0, 1]", lambda v: _within(v, _TINY, 1), float)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from robust_app.certificates import (
     as_network,
     ball,
+    check_labels,
     computed_margins,
     enclose,
     enclosures,
     in_float64,
     margin_errors,
 )
-from robust_app.interval import Interval
+from robust_app.interval import Interval, check_images
 from robust_app.margins import layer_inputs
 from robust_app.precision import plain_float32, without_autocast
 from robust_app.pullback import LinearBound
@@ -214,7 +215,10 @@ def _proved(
     Images that are misclassified as they are, are left out.
     """
     x = as_network(x, network)
-    correct = (network(x).argmax(1) == labels).nonzero().squeeze(1)
+    check_images(x)
+    logits = network(x)
+    check_labels(labels, logits.shape)
+    correct = (logits.argmax(1) == labels).nonzero().squeeze(1)
     proved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     exact = in_float64(network)
     # One image tells the sizes, and whether all layers have rules, however easy the images are.

@@ -80,7 +80,7 @@ def _parse_json(text: str, line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{error.msg} in {where}") from None
+        raise ValueError(f"{where}: {error.msg}") from None
 
 
 def _read(path: Path, most: int) -> str:

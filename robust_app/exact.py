@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_app.attacks import pgd
-from robust_app.certificates import as_network, ball, in_float64
+from robust_app.certificates import as_network, ball, check_labels, in_float64
 from robust_app.crown import (
     Problem,
     crown_margins,
@@ -93,6 +93,7 @@ def decide(
     Raises:
         UserError: SciPy is not installed.
         UnsupportedLayer: a layer that ``crown`` cannot relax.
+        ValueError: the image is not in [0, 1], or the label is no class of the network.
 
     >>> decide(nn.Identity(), torch.tensor([0.7, 0.4]), 0, 0.1, time_limit=10.0)
     Decision(verdict=<Verdict.CERTIFIED: 'certified'>, counterexample=None)
@@ -100,6 +101,7 @@ def decide(
     deadline = time.monotonic() + time_limit
     x, labels = as_network(image.unsqueeze(0), network), torch.tensor([label])
     program = Program()
+    check_labels(labels, network(x).shape)
     problem = Problem.of(in_float64(network).cpu(), ball(x.double().cpu(), epsilon), labels)
     # Refuses layers now, however easy the image is.
     crown_margins(problem.trace, labels)

@@ -71,10 +71,10 @@ def check_images(x: Tensor) -> None:
 
     >>> check_images(torch.tensor([[0.0, 255.0]]))
     Traceback (most recent call last):
-    ValueError: x: expected images in [0, 1], found values from 0 to 255
+    ValueError: x: expected images in [0, 1], found values from 0.0 to 255.0
     """
-    if x.numel() > 0 and not bool(((x >= 0) & (x <= 1)).all()):
-        found = f"values from {x.min():g} to {x.max():g}"
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        found = f"values from {x.min().item()} to {x.max().item()}"
         raise ValueError(f"x: expected images in [0, 1], found {found}")
 
 

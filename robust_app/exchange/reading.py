@@ -18,7 +18,7 @@ NUMBERS = 2**24
 """That a layer may make of an image, or all operators of constants together."""
 
 OPERATORS = 1000
-"""Of a model, at most: thousands of tiny ones, as a small file may hold, take minutes to verify."""
+"""Of a model, at most: a small file may hold thousands, which take seconds to read and verify."""
 
 Constants = dict[str, Any]
 """Arrays by name."""

@@ -19,7 +19,9 @@ from robust_app.certificates import (
     in_float64,
     margin_errors,
 )
+from robust_app.crown import crown_ibp
 from robust_app.errors import UserError
+from robust_app.exact import decide
 from robust_app.interval import Interval
 from robust_app.layers import Normalize, Residual
 from robust_app.margins import margin_bounds
@@ -239,10 +241,10 @@ def test_a_box_pays_for_its_own_rounding(center, radius):
 def test_images_outside_of_the_domain_are_refused(value):
     """The ball within [0, 1] around -2 is the point 0, where this network says something else."""
     network = nn.Sequential(linear([[1.0], [-1.0]], [0.5, 0.0]), nn.ReLU(), nn.Identity())
-    x, label = torch.tensor([[value]]), torch.tensor([0])
+    x, labels = torch.tensor([[0.9], [value]]), torch.tensor([0, 0])  # the second is misclassified
     for verifier in VERIFIERS.values():
         with pytest.raises(ValueError, match=r"x: expected images in \[0, 1\], found values from"):
-            verifier.decide(network, x, label, 0.1, 1.0)
+            verifier.decide(network, x, labels, 0.1, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,19 @@ def test_images_outside_of_the_domain_are_refused(value):
 def test_labels_that_are_no_classes_are_refused(network, labels, found):
     with pytest.raises(ValueError, match=f"^labels: expected .*{found}"):
         certified(network, torch.rand(2, 3), labels, 0.1)
+    with pytest.raises(ValueError, match=f"^labels: expected .*{found}"):
+        crown_ibp(network, torch.rand(2, 3), labels, 0.1)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_the_exact_verifier_refuses_a_label_that_is_no_class(label):
+    with pytest.raises(ValueError, match=r"^labels: expected classes from 0 to 2"):
+        decide(nn.Linear(3, 3), torch.rand(3), label, 0.1, time_limit=1.0)
+
+
+def test_logits_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"^expected logits of shape \(batch, classes\)"):
+        certified(nn.Identity(), torch.rand(2, 3, 2), torch.tensor([0, 0]), 0.1)
 
 
 def test_halves_are_refused_by_name():

@@ -55,5 +55,7 @@ def test_a_choice_of_boxes_keeps_what_they_are():
 def test_images_of_which_one_pixel_is_outside_of_the_domain_are_refused_with_their_range():
     check_images(torch.tensor([[0.0, 1.0]]))
     check_images(torch.empty(0, 2))
-    with pytest.raises(ValueError, match=r"^x: .* \[0, 1\], found values from 0\.5 to 2$"):
+    with pytest.raises(ValueError, match=r"^x: .* \[0, 1\], found values from 0\.5 to 2\.0$"):
         check_images(torch.tensor([[0.5, 2.0]]))
+    with pytest.raises(ValueError, match=r"to 1\.0000001"):
+        check_images(torch.tensor([1 + 2.0**-23]))

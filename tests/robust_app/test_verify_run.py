@@ -221,7 +221,7 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
         (lambda run: run.best_file.unlink(), ("best.pt: missing, the network of epoch",)),
         (
             lambda run: run.metrics_file.write_text(run.metrics_file.read_text()[:-40]),
-            ("metrics.jsonl: cannot be read", "in line 3, column"),
+            ("metrics.jsonl: cannot be read", "(line 3, column"),
         ),
         (
             lambda run: rewrite(run, "results.json", lambda entry: entry.update(pgd_steps=10**7)),

@@ -42,8 +42,8 @@ def started(size: int, place: Path, log: Path):
     try:
         yield process
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()  # which it passes on to its workers
+        process.wait(PATIENCE)
 
 
 def workers_of(process: int) -> list[int]:
