@@ -134,16 +134,15 @@ def _save_networks(
 def _mend(
     trainer: Trainer, directory: RunDirectory, metrics: list[dict[str, Any]], watcher: Watcher
 ) -> None:
-    """Bring metrics and networks to the epoch of the checkpoint, if a run was killed between."""
+    """Bring metrics and networks to the epoch of the checkpoint, and tell of what cannot be."""
     if len(directory.metrics()) > len(metrics):
         directory.write_metrics(metrics)
-    last = directory.last_file  # the last of them all
-    if not last.exists() or checkpoint.load(last).get("epoch") != trainer.epochs_done:
+    last, lost = directory.last_file, lost_best(directory)
+    killed = not last.exists() or checkpoint.load(last).get("epoch") != trainer.epochs_done
+    if killed or (lost and best_epoch(metrics) == trainer.epochs_done):
         _save_networks(trainer, directory, metrics)
-    best = best_epoch(metrics)
-    if best == trainer.epochs_done and not directory.best_file.exists():
-        _save_networks(trainer, directory, metrics)
-    elif lost := lost_best(directory):
+        lost = lost_best(directory)
+    if lost:
         watcher.note(lost)
 
 

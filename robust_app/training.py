@@ -6,20 +6,19 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mogd import Threshold, UnbiasedMultiGradient, parallel
 from robust_app import batch_norm, batches, data, methods, precision, training_state
-from robust_app.attacks import uniform_start
 from robust_app.compilation import CompiledLosses
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.divergence import Diverged, FirstFault, all_finite, described
+from robust_app.epochs import held_out_errors, training_batches
 from robust_app.errors import UserError
-from robust_app.evaluation import CHUNK, standard_and_certified
+from robust_app.evaluation import CHUNK
 from robust_app.execution import Eager, Report, Values
 from robust_app.folding import fold
 from robust_app.fosc import Stationarity
@@ -188,7 +187,10 @@ class Trainer:
             self.begin_stage(now.stage)
         self.faults.forget()
         self.losses.network.train()
-        for number, (x, labels, start) in enumerate(self._batches(epoch)):
+        drawn = training_batches(
+            self.x, self.labels, self.input_shape, self.config, epoch, self.world
+        )
+        for number, (x, labels, start) in enumerate(drawn):
             now = self._setting(epoch + number / steps)
             with precision.products_in(self.config.precision):
                 report = self.run_step(now, x, labels, start)
@@ -210,7 +212,9 @@ class Trainer:
             "learning_rate": now.learning_rate,
             "learning_rate_scale": self.learning_rate_scale,
             **averages,
-            **self._measure(),
+            **held_out_errors(
+                self.certifiable(), self.held_out_x, self.held_out_labels, self.config, self.world
+            ),
             "seconds": time.perf_counter() - started,
         }
 
@@ -240,26 +244,6 @@ class Trainer:
                 "finite",
                 self.learning_rate_scale,
             )
-
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This process's images, labels and random starts, a function of seed and epoch alone."""
-        seed = int(np.random.SeedSequence([self.config.seed, epoch]).generate_state(1)[0])
-        generator = torch.Generator(self.world.device).manual_seed(seed)
-        for indices in batches.shuffled_batches(
-            len(self.x), self.config.batch_size, generator, self.world.device
-        ):
-            x = batches.as_float(self.x[indices])
-            if self.config.augment:
-                x = batches.augment(x, generator, self.config.crop_padding)
-            start = self._start(len(x), generator)
-            share = self.world.share
-            yield share(x), share(self.labels[indices]), share(start)
-
-    def _start(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random starts for an attack on a batch, of all processes."""
-        shape = () if self.config.one_start_per_batch else (count, *self.input_shape)
-        start = uniform_start(torch.empty(shape, device=self.world.device), generator)
-        return start.expand(count, *self.input_shape)
 
     def _step(
         self, phase: Phase, values: Values, x: Tensor, labels: Tensor, start: Tensor
@@ -318,20 +302,3 @@ class Trainer:
         chunks = torch.split(whole, size * max(1, CHUNK // size))
         shares = (batches.as_float(self.world.share(chunk)) for chunk in chunks)
         batch_norm.estimate(self.network, shares)
-
-    def _measure(self) -> dict[str, Any]:
-        """Errors on the held-out images in percent; None where none are held out."""
-        if len(self.held_out_x) == 0:
-            return {"standard_error": None, "verified_error": None}
-        counts = standard_and_certified(
-            self.certifiable(),
-            self.world.share(self.held_out_x),
-            self.world.share(self.held_out_labels),
-            self.config.evaluation_epsilon,
-            methods.verifiers_of(self.config),
-        )
-        wrong, proved = self.world.total(counts).tolist()
-        return {
-            "standard_error": 100 * wrong / len(self.held_out_x),
-            "verified_error": 100 * (len(self.held_out_x) - proved) / len(self.held_out_x),
-        }

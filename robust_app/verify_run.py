@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from robust_app import checkpoint, data, environment, methods, session, verifiers
-from robust_app.config import Config
+from robust_app import checkpoint, data, environment, session, verifiers
+from robust_app.config import INTEGER
 from robust_app.data import Dataset
+from robust_app.distributed import World
+from robust_app.epochs import held_out_errors
 from robust_app.errors import UserError, shown
-from robust_app.evaluation import standard_and_certified
 from robust_app.run_directory import RunDirectory
 from robust_app.session import Examination
 
@@ -73,7 +74,7 @@ def check_files(directory: RunDirectory) -> None:
         UserError: a file is missing, damaged or holds fewer epochs than the checkpoint.
     """
     done = checkpoint.load(directory.checkpoint_file).get("epochs_done")
-    if not isinstance(done, int):
+    if not isinstance(done, int) or not INTEGER.admits(done):
         raise UserError(f"{directory.checkpoint_file}: damaged (it does not say how many epochs)")
     found = len(directory.metrics())
     if found < done:
@@ -104,23 +105,14 @@ def of_held_out_images(
     config, environments = directory.config(), directory.environments()
     made_with = environments[-1] if environments else {}
     lines = {line["epoch"]: line for line in directory.metrics()}
+    _, _, x, labels = data.split(dataset, config.held_out, config.seed)
+    alone = World(0, 1, dataset.x_test.device)
     for epoch in sorted(networks.keys() & lines.keys()):
         if lines[epoch]["verified_error"] is not None:
-            for figure, error in held_out_errors(networks[epoch], dataset, config).items():
+            found = held_out_errors(networks[epoch], x, labels, config, alone)
+            for figure, error in found.items():
                 reported = lines[epoch][figure]
                 yield Claim("metrics.jsonl", epoch, figure, reported, error, made_with)
-
-
-def held_out_errors(network: nn.Module, dataset: Dataset, config: Config) -> dict[str, float]:
-    """As training measures them after an epoch, in percent."""
-    _, _, x, labels = data.split(dataset, config.held_out, config.seed)
-    wrong, proved = standard_and_certified(
-        network, x, labels, config.evaluation_epsilon, methods.verifiers_of(config)
-    ).tolist()
-    return {
-        "standard_error": 100 * wrong / len(x),
-        "verified_error": 100 * (len(x) - proved) / len(x),
-    }
 
 
 def of_test_images(
