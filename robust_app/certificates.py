@@ -229,8 +229,8 @@ def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Te
         Booleans ``(batch,)``: all margins over the other classes are above 0.
 
     Raises:
-        UnsupportedLayer, ValueError: see :func:`enclose`, :func:`ball` and
-            :func:`robust_app.margins.margin_bounds`.
+        UnsupportedLayer, ValueError: see :func:`enclose`, :func:`ball`, :func:`computed_margins`
+            and :func:`robust_app.margins.margin_bounds`.
         UserError: see :func:`in_float64`.
 
     >>> certified(nn.Identity(), torch.tensor([[0.8, 0.4]]), torch.tensor([0]), 0.1)

@@ -172,6 +172,7 @@ def evaluate(
     Raises:
         Contradiction: if the attack succeeds on a certified image.
         UnsupportedLayer: if a verifier has no rule for a layer.
+        ValueError: images are not in [0, 1], or labels are no classes of the network.
     """
     network.eval()
     generator = torch.Generator().manual_seed(seed)  # on the CPU: see falsified

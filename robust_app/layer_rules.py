@@ -57,11 +57,11 @@ class Rules:
         return register
 
     def unsupported(self, layer: nn.Module, why: str = "") -> UnsupportedLayer:
-        """The error for a layer; without a reason, how a rule is registered."""
+        """The error for a layer; without a reason, what can be done about it."""
         name, remedy = type(layer).__name__, self._remedy
         if next(layer.children(), None) is not None:
             remedy = (
-                f"its forward is its own; make it an nn.Sequential of known layers, export it to "
+                f"if it calls layers in turn, make it an nn.Sequential of them; else export it to "
                 f"ONNX for robust-app evaluate FILE.onnx, or {remedy}"
             )
         return UnsupportedLayer(f"no {self.give} for the layer {name}: {why or remedy}")
