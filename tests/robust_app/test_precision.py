@@ -15,6 +15,7 @@ from robust_app.networks import build_network
 from robust_app.pullback import pull_back
 from robust_app.reporting import Silent
 from robust_app.rounding import rounding_error
+from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 from robust_app.verifiers import VERIFIERS
 from tests.robust_app.runs import ALONE, NEEDED, few_digits, full_strength, parameters_of, trained
@@ -133,7 +134,7 @@ def test_held_out_errors_are_those_of_the_saved_network_in_float32(tmp_path):
     network.load_state_dict(torch.load(tmp_path / "last.pt", weights_only=True)["network"])
     x, labels = trainer.held_out_x, trainer.held_out_labels
     wrong, proved = standard_and_certified(network, x, labels, config.evaluation_epsilon).tolist()
-    measured = trainer._measure()
+    measured = RunDirectory(tmp_path).metrics()[-1]
     assert measured["standard_error"] == 100 * wrong / len(x)
     assert measured["verified_error"] == 100 * (len(x) - proved) / len(x)
 

@@ -40,7 +40,7 @@ PLACES = (
 # What a child is in while it is in a function; the innermost counts.
 PLACED = (
     (session, "run", "training"),
-    (training, "standard_and_certified", "held-out evaluation"),
+    (training, "held_out_errors", "held-out evaluation"),
     (checkpoint, "save", "writing"),
     (run_directory, "_write", "writing"),
     (runner, "evaluate", "final evaluation"),
