@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 
+import mogd
 from robust_app import config as configs
 from robust_app import data, distributed, divergence, listings, reporting, runner
 from robust_app import recipes as recipe_book
@@ -45,6 +47,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"robust-app {mogd.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _general(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the versions and exit."
+        ),
+    ] = False,
+) -> None:
+    """What comes before a command."""
 
 
 @app.command()

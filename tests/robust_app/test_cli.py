@@ -368,6 +368,14 @@ def test_help_is_no_error(robust_app):
     assert "--resume" in out
 
 
+def test_the_version_is_told(robust_app):
+    assert robust_app("--version") == (
+        0,
+        f"robust-app {mogd.__version__}, torch {torch.__version__}\n",
+        "",
+    )
+
+
 def test_a_recipe_with_an_unknown_key_names_the_nearest(robust_app, tmp_path):
     (tmp_path / "mine.toml").write_text("dataset = 'digits'\nlearning_rat = 0.1\n")
     outcome = robust_app("train", "--recipe", "mine.toml")
