@@ -95,6 +95,9 @@ class Config:
         evaluation_epsilon: the radius of the final evaluation, in pixels of [0, 1].
         epochs: length of the run, warm-up included, layer-wise stages not.
         batch_size, learning_rate: of every phase, with Adam.
+        reference_fan_in: weights with n inputs to a unit have ``reference_fan_in`` / n of the
+            learning rate (see :func:`robust_app.learning_rates.parameter_groups`); 0 for the same
+            of all.
         milestones: epochs, counted from the start of the run, at which the learning rate is
             multiplied by ``learning_rate_factor``, in (0, 1].
         natural_epochs, adversarial_epochs: T_nat and T_adv, the warm-up.
@@ -146,6 +149,7 @@ class Config:
     epochs: Annotated[int, POSITIVE_INTEGER]
     batch_size: Annotated[int, POSITIVE_INTEGER]
     learning_rate: Annotated[float, POSITIVE]  # η
+    reference_fan_in: Annotated[float, NONNEGATIVE] = 0.0
     milestones: Annotated[tuple[float, ...], NONNEGATIVES]
     learning_rate_factor: Annotated[float, FACTOR]
     natural_epochs: Annotated[float, NONNEGATIVE]  # T_nat

@@ -238,7 +238,12 @@ def _proved(
 
 
 def crown_ibp(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> Tensor:
-    """Linear relaxation on top of interval bounds: the cheapest."""
+    """Linear relaxation on top of interval bounds: the cheapest.
+
+    Args, returns and errors, of the verifiers below too, are those of
+    :func:`robust_app.certificates.certified`; a layer without a rule of
+    :func:`~robust_app.pullback.pull_back` is an ``UnsupportedLayer`` too.
+    """
     return _proved((relax,), network, x, labels, epsilon)
 
 

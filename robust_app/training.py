@@ -23,6 +23,7 @@ from robust_app.execution import Eager, Report, Values
 from robust_app.folding import fold
 from robust_app.fosc import Stationarity
 from robust_app.layerwise import split
+from robust_app.learning_rates import parameter_groups
 from robust_app.losses import Objective
 from robust_app.networks import build_network
 from robust_app.schedules import Phase, Setting, setting
@@ -123,7 +124,7 @@ class Trainer:
             options["weigh_by"] = [next(trained.parameters())]
         rule = self.method.rule or methods.constant_weights
         self.optimizer = UnbiasedMultiGradient(
-            trained.parameters(),
+            parameter_groups(trained, self.config.reference_fan_in),
             torch.optim.Adam,
             lr=self.config.learning_rate,
             moment_decay=self.config.moment_decay,
@@ -254,7 +255,7 @@ class Trainer:
         else:
             batch = Batch.of_hidden(self.frozen, x, labels, start, values.epsilon)
         for group in self.optimizer.param_groups:
-            group["lr"] = values.learning_rate
+            group["lr"] = values.learning_rate * group["share"]
         self.priority.limit = values.fosc_threshold
         names = methods.losses_of(self.method, phase)
         losses = self.losses.of(names, batch, values)

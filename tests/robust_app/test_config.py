@@ -33,6 +33,7 @@ configs = st.builds(
     epochs=counts,
     batch_size=counts,
     learning_rate=above_zero,
+    reference_fan_in=durations,
     milestones=st.lists(durations, max_size=4),
     learning_rate_factor=st.floats(0, 1, exclude_min=True),
     natural_epochs=st.floats(0, 0.25),  # together at most one epoch: they fit into any run
@@ -138,6 +139,7 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("natural_weight", (1, -0.1), "two numbers in [0, 1]"),
         ("crown_share", (1.5, 0), "two numbers in [0, 1]"),
         ("crown_share", (True, 0), "two numbers in [0, 1]"),
+        ("reference_fan_in", -1, "a finite number of at least 0"),
         ("box_regularizers", -1, "a finite number of at least 0"),
         ("attack_step", 0, "a finite number above 0"),
         ("attack_steps", 0, "an integer from 1 to 1000000"),
@@ -204,7 +206,7 @@ def test_what_the_paper_fixes_has_a_default():
     values = dataclasses.asdict(DIGITS)
     fixed = ("moment_decay", "regularization", "preference", "attack_step")
     departures = ("batch_norm", "ibp_initialization", "certified_epochs", "authors_weights")
-    beyond = ("one_start_per_batch", "box_regularizers", "stages")
+    beyond = ("one_start_per_batch", "box_regularizers", "stages", "reference_fan_in")
     for name in (*fixed, *departures, *beyond):
         del values[name]
     config = Config.from_mapping(values)
