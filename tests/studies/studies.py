@@ -52,6 +52,7 @@ CONTINUED = (
     "learning_rate=3e-4",
     "milestones=[1, 2]",
     "learning_rate_factor=0.3",
+    "reference_fan_in=0",  # the recipe had none when it was carried out
     "precision=bf16",
     "pgd_steps=20",
 )
@@ -76,8 +77,14 @@ STUDIES = {
             name="ablations",
             recipe="mnist-dm-small-short",
             epochs=20,
-            # The recipe's in a third of its epochs, but for a ramp that is no shorter.
-            settings=("natural_epochs=0.3", "ramp_epochs=5.7", "pgd_steps=20"),
+            # The recipe's in a third of its epochs, but for a ramp that is no shorter; and for the
+            # learning rates by fan-in, which it did not have when this was carried out.
+            settings=(
+                "natural_epochs=0.3",
+                "ramp_epochs=5.7",
+                "reference_fan_in=0",
+                "pgd_steps=20",
+            ),
             shared_epochs=14,
             variations=ablations(),
             seeds=(0,),
