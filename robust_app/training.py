@@ -124,7 +124,7 @@ class Trainer:
             options["weigh_by"] = [next(trained.parameters())]
         rule = self.method.rule or methods.constant_weights
         self.optimizer = UnbiasedMultiGradient(
-            parameter_groups(trained, self.config.reference_fan_in),
+            parameter_groups(trained, self.config.reference_fan_in if stage == 0 else 0.0),
             torch.optim.Adam,
             lr=self.config.learning_rate,
             moment_decay=self.config.moment_decay,
@@ -255,7 +255,7 @@ class Trainer:
         else:
             batch = Batch.of_hidden(self.frozen, x, labels, start, values.epsilon)
         for group in self.optimizer.param_groups:
-            group["lr"] = values.learning_rate * group["share"]
+            group["lr"] = values.learning_rate * group["multiplier"]
         self.priority.limit = values.fosc_threshold
         names = methods.losses_of(self.method, phase)
         losses = self.losses.of(names, batch, values)

@@ -178,7 +178,7 @@ def test_cifar10_has_the_numbers_of_the_paper(size, epsilon):
 def assert_the_papers_method(config: Config) -> None:
     """No departure from Algorithm 2 that the text does not name."""
     departures = ("batch_norm", "ibp_initialization", "box_regularizers", "certified_epochs")
-    for name in (*departures, "authors_weights", "one_start_per_batch"):
+    for name in (*departures, "authors_weights", "one_start_per_batch", "reference_fan_in"):
         assert not getattr(config, name)
 
 
