@@ -307,6 +307,16 @@ def test_the_short_schedule_of_dm_small_ends_with_both_losses_after_the_learning
         assert setting(config, 59.3).fosc_threshold == pytest.approx(0, abs=1e-12)
         assert config.preference == ((1, 1) if method == "weighted-sum" else (1, 10))
     assert recipes.load("mnist-dm-small-ibp-short").certified_epochs == 0
+
+
+def test_learning_rates_by_fan_in_are_those_of_the_one_network_that_they_were_tried_on():
+    for name, config in every():
+        tuned = name.startswith("mnist-dm-small-") and name.endswith("-short")
+        tuned = tuned and config.model == "dm-small"
+        assert config.reference_fan_in == (128 if tuned else 0), name
+
+
+def test_the_short_schedule_of_other_networks_is_longer():
     assert recipes.load("mnist-dm-large-short").epochs == 70  # tuned for one network alone
 
 
