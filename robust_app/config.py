@@ -96,8 +96,8 @@ class Config:
         epochs: length of the run, warm-up included, layer-wise stages not.
         batch_size, learning_rate: of every phase, with Adam.
         reference_fan_in: multiply the learning rate of weights with n inputs to a unit by
-            ``reference_fan_in`` / n, but in the first layer and in layer-wise stages; 0 for no
-            such factor. See :func:`robust_app.learning_rates.parameter_groups`.
+            ``reference_fan_in`` / n, but in layer-wise stages; 0 for no such factor. See
+            :func:`robust_app.learning_rates.parameter_groups`.
         milestones: epochs, counted from the start of the run, at which the learning rate is
             multiplied by ``learning_rate_factor``, in (0, 1].
         natural_epochs, adversarial_epochs: T_nat and T_adv, the warm-up.

@@ -34,8 +34,9 @@ def multipliers(network, reference):
 def test_weights_have_the_reference_by_their_fan_in_and_all_else_one(layer, fan_in):
     first, norm = nn.Linear(7, 5), BatchNorm(3)
     found = multipliers(nn.Sequential(first, norm, nn.ReLU(), layer), 120.0)
+    assert found.pop(id(first.weight)) == 120 / 7
     assert found.pop(id(layer.weight)) == 120 / fan_in
-    others = [*first.parameters(), *norm.parameters(), layer.bias]
+    others = [first.bias, *norm.parameters(), layer.bias]
     assert found == {id(parameter): 1.0 for parameter in others}
 
 
@@ -58,8 +59,9 @@ def test_every_parameter_is_in_one_group(widths, reference):
 def test_a_weight_of_two_layers_is_in_one_group():
     one, other = nn.Linear(4, 4), nn.Linear(4, 4)
     other.weight = one.weight
-    (group,) = parameter_groups(nn.Sequential(nn.Linear(2, 4), one, other), 4.0)
-    assert len(group["params"]) == 5
+    weight, biases = parameter_groups(nn.Sequential(one, other), 8.0)
+    assert (len(weight["params"]), weight["multiplier"]) == (1, 2.0)
+    assert (len(biases["params"]), biases["multiplier"]) == (2, 1.0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5], ids=["", "after a divergence"])
@@ -71,11 +73,9 @@ def test_a_first_step_of_adam_moves_each_weight_by_its_learning_rate(method, sca
     before = [parameter.detach().clone() for parameter in trainer.network.parameters()]
     trainer.train_epoch(Silent())
     layers = [layer for layer in trainer.network if isinstance(layer, nn.Conv2d | nn.Linear)]
-    factors = [30 / layer.weight[0].numel() for layer in layers]
+    factors = [factor for each in layers for factor in (30 / each.weight[0].numel(), 1.0)]
     after = trainer.network.parameters()
-    for index, (new, old) in enumerate(zip(after, before, strict=True)):
-        layer, is_bias = divmod(index, 2)
-        factor = 1.0 if is_bias or layer == 0 else factors[layer]
+    for new, old, factor in zip(after, before, factors, strict=True):
         moved = (new.detach() - old).abs()[new.grad.abs() > 1e-4]  # Adam's eps is 1e-8
         assert len(moved) > 0
         torch.testing.assert_close(

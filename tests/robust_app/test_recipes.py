@@ -313,7 +313,7 @@ def test_learning_rates_by_fan_in_are_those_of_the_one_network_that_they_were_tr
     for name, config in every():
         tuned = name.startswith("mnist-dm-small-") and name.endswith("-short")
         tuned = tuned and config.model == "dm-small"
-        assert config.reference_fan_in == (128 if tuned else 0), name
+        assert config.reference_fan_in == (256 if tuned else 0), name
 
 
 def test_the_short_schedule_of_other_networks_is_longer():
