@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from robust_app import environment
 from robust_app.freed_memory import keep_freed_memory
-from tests.benchmarks import aggregation, bounds, epoch, figure, joint, memory, processes
+from tests.benchmarks import aggregation, bounds, epoch, execution, figure, joint, memory, processes
 from tests.benchmarks.effort import FULL, QUICK, Effort
 from tests.benchmarks.report import Report, Row, table
 
@@ -33,39 +34,51 @@ SECTIONS: Mapping[str, Callable[[Effort], Iterator[Row]]] = {
     "aggregation": aggregation.over_parameters,
     "processes": processes.over_processes,
 }
+ON_GPU: Mapping[str, Callable[[Effort], Iterator[Row]]] = {
+    "execution": execution.beside_eager_float32,
+    **{name: SECTIONS[name] for name in ("joint step", "TorchJD", "bounds")},
+}
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the sections asked for, print the table and write it."""
     parser = argparse.ArgumentParser(prog="tests.benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small problems, seconds in all")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", default=SECTIONS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: on a GPU")
+    parser.add_argument("--only", nargs="+", choices={**SECTIONS, **ON_GPU}, metavar="SECTION")
     parser.add_argument("--threads", type=int, help="of torch; its own default if left out")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)
-    if given.quick and given.output == RESULTS:
-        parser.error("--quick measures other problems: give it an --output of its own")
+    if (given.quick or given.device == "cuda") and given.output == RESULTS:
+        parser.error("--quick and --device cuda measure other things: give them their own --output")
+    sections = SECTIONS if given.device == "cpu" else ON_GPU
+    if not sections.keys() >= {*(given.only or sections)}:
+        parser.error(f"--device {given.device} has the sections {', '.join(sections)}")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     effort, console = QUICK if given.quick else FULL, Console()
     keep_freed_memory()  # as the command line does
-    report, facts = Report.load(given.output), describe(arguments)
-    for name in given.only:
+    report, facts = Report.load(given.output), describe(arguments, torch.device(given.device))
+    for name in given.only or sections:
         console.print(f"{name} …", highlight=False)
-        report.begin(name, order=SECTIONS)
-        for row in SECTIONS[name](effort):
-            report.add(facts, row)
-            report.save(given.output)
-            console.print("  ", *filter(None, row.cells()[1:]), sep="  ", highlight=False)
+        report.begin(name, order=sections)
+        # What takes no device is made on this one.
+        with nullcontext() if name == "execution" else torch.device(given.device):
+            for row in sections[name](effort):
+                report.add(facts, row)
+                report.save(given.output)
+                console.print("  ", *filter(None, row.cells()[1:]), sep="  ", highlight=False)
         if name == "aggregation":
             figure.draw(report.sections[name]["rows"], given.output)
     console.print(table(report.rows()))
 
 
-def describe(arguments: Sequence[str]) -> dict[str, Any]:
+def describe(arguments: Sequence[str], device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
-    found = environment.describe(torch.device("cpu"), processes=1, seed=0, data_root=None)
+    found = environment.describe(device, processes=1, seed=0, data_root=None)
+    gpu = {"GPU": found["device"], "CUDA": found["cuda"]} if device.type == "cuda" else {}
     return {
+        **gpu,
         "processor": processor(),
         "platform": found["platform"],
         "threads": found["threads"],
