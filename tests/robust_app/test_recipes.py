@@ -295,9 +295,10 @@ def test_the_short_schedule_is_that_of_shi_et_al(data, epochs, ramp, batch_size,
         assert now.box_regularizers == pytest.approx(0.5 * (1 - now.epsilon / config.epsilon))
 
 
-def test_the_short_schedule_of_dm_small_ends_with_both_losses_after_the_learning_rate_has_fallen():
+@pytest.mark.parametrize("model", ["dm-small", "dm-large"])
+def test_the_tuned_schedule_ends_with_both_losses_after_the_learning_rate_has_fallen(model):
     for method in ("advibp", "advcrown-ibp", "weighted-sum"):
-        config = recipes.load(f"mnist-dm-small-{method}-short")
+        config = recipes.load(f"mnist-{model}-{method}-short")
         assert setting(config, 45.2).phase is Phase.CERTIFIED
         joint = setting(config, 45.4)
         assert joint.phase is Phase.MAIN
@@ -306,18 +307,18 @@ def test_the_short_schedule_of_dm_small_ends_with_both_losses_after_the_learning
         assert 0.2 < joint.fosc_threshold < 0.4
         assert setting(config, 59.3).fosc_threshold == pytest.approx(0, abs=1e-12)
         assert config.preference == ((1, 1) if method == "weighted-sum" else (1, 10))
-    assert recipes.load("mnist-dm-small-ibp-short").certified_epochs == 0
+    assert recipes.load(f"mnist-{model}-ibp-short").certified_epochs == 0
 
 
-def test_learning_rates_by_fan_in_are_those_of_the_one_network_that_they_were_tried_on():
+def test_learning_rates_by_fan_in_are_those_of_the_networks_that_they_were_tried_on():
     for name, config in every():
-        tuned = name.startswith("mnist-dm-small-") and name.endswith("-short")
-        tuned = tuned and config.model == "dm-small"
+        tuned = name.startswith("mnist-") and name.endswith("-short")
+        tuned = tuned and config.model in ("dm-small", "dm-large")
         assert config.reference_fan_in == (256 if tuned else 0), name
 
 
 def test_the_short_schedule_of_other_networks_is_longer():
-    assert recipes.load("mnist-dm-large-short").epochs == 70  # tuned for one network alone
+    assert recipes.load("mnist-dm-medium-short").epochs == 70  # tuned for two networks alone
 
 
 def test_digits_leaves_whole_batches_to_train_on():
