@@ -1,14 +1,8 @@
-"""The command line: parse, make a Config, call."""
+"""The command line: its commands, and the status that it ends with."""
 
-import dataclasses
 import io
 import json
-import os
-import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,27 +10,18 @@ import typer
 from rich.table import Table
 
 import mogd
-from robust_app import config as configs
-from robust_app import data, distributed, divergence, listings, reporting, runner
+from robust_app import distributed, listings, reporting
 from robust_app import recipes as recipe_book
-from robust_app.capture import EXECUTIONS
-from robust_app.config import Config
-from robust_app.data import Dataset
-from robust_app.distributed import ProcessLost, World
-from robust_app.errors import UserError, one_line, unknown
+from robust_app.distributed import ProcessLost
+from robust_app.errors import UserError, one_line
 from robust_app.evaluate_command import evaluate
-from robust_app.events import summary_writer
 from robust_app.exchange.command import export
 from robust_app.freed_memory import keep_freed_memory
-from robust_app.interruption import Terminated, stoppable
-from robust_app.options import DataRoot, Device, Download
+from robust_app.interruption import stoppable
 from robust_app.plot import plot
 from robust_app.reproduction.command import reproduce
-from robust_app.run_directory import RunDirectory, next_free
-from robust_app.session import Examination
-from robust_app.training import Trainer
+from robust_app.train_command import train
 from robust_app.verify_command import verify
-from robust_app.verify_run import check_data
 
 # Typer has no public name for the class of all usage errors, two above BadParameter.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -67,148 +52,7 @@ def _general(
     """What comes before a command."""
 
 
-@app.command()
-def train(
-    recipe: Annotated[
-        str | None, typer.Option(help="Name from `robust-app recipes`, or a .toml file.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe."),
-    ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Length of the run; the recipe's whole schedule is scaled to it."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Overrides the recipe's.")] = None,
-    data_root: DataRoot = None,
-    download: Download = False,
-    run_dir: Annotated[
-        Path | None, typer.Option(help="Where the run is kept; runs/RECIPE-N by default.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --run-dir.")
-    ] = False,
-    stop_after: Annotated[
-        int | None, typer.Option(min=1, help="Pause after this epoch, to be resumed later.")
-    ] = None,
-    device: Device = "auto",
-    execution: Annotated[
-        str,
-        typer.Option(
-            help="How a step is run: eager; graph, captured on a GPU once and replayed; or "
-            "compile, its losses by torch.compile. A resumed run may change it."
-        ),
-    ] = "eager",
-    tensorboard: Annotated[
-        bool,
-        typer.Option("--tensorboard", help="Write scalars for it, also when resumed."),
-    ] = False,
-    on_divergence: Annotated[
-        str | None,
-        typer.Option(
-            help="stop, by default; or lower-lr, go back to the last checkpoint with half the "
-            "learning rate, at most five times. A resumed run does as before."
-        ),
-    ] = None,
-) -> None:
-    """Train a network; with no options, AdvIBP on the embedded digits in about a minute."""
-    if execution not in EXECUTIONS:
-        raise unknown("--execution", execution, EXECUTIONS)
-    if resume and run_dir is None:
-        raise UserError("--resume: say which run with --run-dir")
-    if distributed.will_restart() and run_dir is None:
-        raise UserError("--run-dir: needed with --max-restarts, to find the run again")
-    directory = RunDirectory(run_dir or next_free(Path("runs"), Path(recipe or "digits").stem))
-    resume = resume or (distributed.restarted() and directory.config_file.exists())
-    tensorboard = tensorboard or (resume and directory.events_folder.is_dir())
-    if tensorboard:
-        summary_writer()  # what is missing is missed before anything is written
-    stored = directory.config() if resume else None
-    if stored is None:
-        directory.check_free()
-    config = _requested(stored, recipe, settings or [], epochs, seed)
-    if stored is not None and config != stored:
-        raise UserError(f"--resume: the run has {configs.differences(stored, config)}")
-    until = min(stop_after or config.total_epochs, config.total_epochs)
-    data_root = data_root or directory.data_root()
-    on_divergence = on_divergence or directory.on_divergence() or divergence.STOP
-    if on_divergence not in divergence.CHOICES:  # what a run has noted is from a file
-        raise unknown("--on-divergence", str(on_divergence), divergence.CHOICES)
-    with _saying_how_to_continue(directory), distributed.join(device) as world:
-        dataset = _load(config, data_root, download, world)
-        check_data(directory, dataset)
-        trainer = Trainer(config, dataset, world, EXECUTIONS[execution])
-        if not world.leads:
-            runner.train(
-                trainer,
-                directory,
-                reporting.console(),
-                data_root=data_root,
-                stop_after=until,
-                on_divergence=on_divergence,
-            )
-            return
-        with directory.locked():
-            _train_and_report(
-                trainer, directory, dataset, data_root, until, tensorboard, on_divergence
-            )
-
-
-def _train_and_report(
-    trainer: Trainer,
-    directory: RunDirectory,
-    dataset: Dataset,
-    data_root: Path | None,
-    until: int,
-    tensorboard: bool,
-    on_divergence: str,
-) -> None:
-    """Train and, at the end of the run, evaluate."""
-    console = reporting.console()
-    runner.train(
-        trainer,
-        directory,
-        console,
-        data_root=data_root,
-        stop_after=until,
-        tensorboard=tensorboard,
-        on_divergence=on_divergence,
-    )
-    if trainer.epochs_done < trainer.config.total_epochs:
-        line = f"paused after epoch {trainer.epochs_done}; {_again(directory)}"
-        console.print(line, markup=False, soft_wrap=True)
-        return
-    runner.evaluate(
-        directory, dataset, console, Examination.of(trainer.config), trainer.config.seed
-    )
-
-
-@contextmanager
-def _saying_how_to_continue(directory: RunDirectory) -> Iterator[None]:
-    """Tell the user how, if the run is broken off from outside."""
-    kept = f"all whole epochs are kept, {_again(directory)}"
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        terminated = isinstance(stop, Terminated)
-        # Ctrl-C reaches all processes. SIGTERM may come because the leading one has died.
-        if directory.config_file.exists() and (terminated or distributed.rank() == 0):
-            line = f"{'terminated' if terminated else 'interrupted'}; {kept}"
-            reporting.console().print(line, markup=False, soft_wrap=True)
-        raise
-    except ProcessLost as error:
-        if not directory.config_file.exists():
-            raise
-        raise ProcessLost(f"{error}; {kept}") from error
-
-
-def _again(directory: RunDirectory) -> str:
-    program = "torchrun … -m robust_app" if "WORLD_SIZE" in os.environ else "robust-app"
-    path = shlex.quote(str(directory.path))
-    return f"continue with: {program} train --run-dir {path} --resume"
-
-
+app.command()(train)
 app.command()(evaluate)
 app.command()(export)
 
@@ -259,33 +103,6 @@ def _show(tables: list[Table]) -> None:
 app.command("verify-run")(verify)
 app.command()(plot)
 app.command()(reproduce)
-
-
-def _load(config: Config, data_root: Path | None, download: bool, world: World) -> Dataset:
-    with world.leader_first():
-        return data.load(config.dataset, data_root, download).to(world.device)
-
-
-def _requested(
-    stored: Config | None,
-    recipe: str | None,
-    settings: list[str],
-    epochs: int | None,
-    seed: int | None,
-) -> Config:
-    """The configuration that the options describe, on top of a stored one if no recipe is named."""
-    config = stored if recipe is None else None
-    config = config or recipe_book.load("digits" if recipe is None else recipe)
-    if epochs is not None:
-        config = configs.with_epochs(config, epochs)
-    if seed is not None:
-        settings = [f"seed={seed}", *settings]
-    config = configs.override(config, settings)
-    kind, colon, path = config.dataset.partition(":")
-    if not colon:
-        return config
-    # The run must find its data again from another folder.
-    return dataclasses.replace(config, dataset=f"{kind}:{Path(path).expanduser().resolve()}")
 
 
 def main() -> None:
