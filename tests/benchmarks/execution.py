@@ -9,6 +9,7 @@ from robust_app import precision, recipes
 from robust_app.capture import EXECUTIONS
 from robust_app.distributed import World
 from robust_app.epochs import training_batches
+from robust_app.execution import Report
 from robust_app.schedules import setting
 from robust_app.training import Trainer
 from tests.benchmarks.effort import Effort
@@ -52,8 +53,8 @@ def beside_eager_float32(effort: Effort) -> Iterator[Row]:
 
 def step_of(
     model: str, method: str, execution: str, digits: str, batch_size: int, device: torch.device
-) -> Callable[[], object]:
-    """A step of both losses, always of the same batch."""
+) -> Callable[[], Report]:
+    """A step of both losses, always of the same batch; gives what the step tells."""
     config = dataclasses.replace(
         recipes.load(RECIPE),
         model=model,
@@ -68,8 +69,8 @@ def step_of(
     shape = trainer.input_shape
     batch = next(training_batches(trainer.x, trainer.labels, shape, config, EPOCH, world))
 
-    def step() -> None:
+    def step() -> Report:
         with precision.products_in(digits):
-            trainer.run_step(now, *batch)
+            return trainer.run_step(now, *batch)
 
     return step

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.benchmarks import figure
+from tests.benchmarks import execution, figure
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.report import Row
 from tests.benchmarks.timing import Summary
@@ -64,6 +65,27 @@ def test_quick_figures_do_not_replace_the_real_ones(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--quick"])
     assert "--output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--device", "cuda"], "--output"),
+        (["--only", "execution", "--output", "elsewhere"], "--device cpu has the sections joint"),
+    ],
+)
+def test_figures_of_a_gpu_do_not_replace_those_of_a_processor(capsys, arguments, told):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["advibp", "weighted-sum"])
+def test_what_is_timed_on_a_gpu_trains_on_both_losses(method):
+    step = execution.step_of("table-f-a", method, "eager", "float32", 16, torch.device("cpu"))
+    first, *_, last = (step() for _ in range(30))
+    for loss in ("adversarial_loss", "certified_loss"):
+        assert last[loss] < first[loss]
 
 
 @pytest.mark.slow
