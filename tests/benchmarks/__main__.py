@@ -51,9 +51,11 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     if (given.quick or given.device == "cuda") and given.output == RESULTS:
         parser.error("--quick and --device cuda measure other things: give them their own --output")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: cuda needs a GPU, found none")
     sections = SECTIONS if given.device == "cpu" else ON_GPU
     if not sections.keys() >= {*(given.only or sections)}:
-        parser.error(f"--device {given.device} has the sections {', '.join(sections)}")
+        parser.error(f"--only: --device {given.device} has the sections {', '.join(sections)}")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     effort, console = QUICK if given.quick else FULL, Console()

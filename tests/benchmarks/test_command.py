@@ -71,7 +71,10 @@ def test_quick_figures_do_not_replace_the_real_ones(capsys):
     ("arguments", "told"),
     [
         (["--device", "cuda"], "--output"),
-        (["--only", "execution", "--output", "elsewhere"], "--device cpu has the sections joint"),
+        (
+            ["--only", "execution", "--output", "elsewhere"],
+            "--only: --device cpu has the sections joint",
+        ),
     ],
 )
 def test_figures_of_a_gpu_do_not_replace_those_of_a_processor(capsys, arguments, told):

@@ -296,7 +296,7 @@ def test_the_short_schedule_is_that_of_shi_et_al(data, epochs, ramp, batch_size,
 
 
 @pytest.mark.parametrize("model", ["dm-small", "dm-large"])
-def test_the_tuned_schedule_ends_with_both_losses_after_the_learning_rate_has_fallen(model):
+def test_the_short_schedule_ends_with_both_losses_after_the_learning_rate_has_fallen(model):
     for method in ("advibp", "advcrown-ibp", "weighted-sum"):
         config = recipes.load(f"mnist-{model}-{method}-short")
         assert setting(config, 45.2).phase is Phase.CERTIFIED
@@ -310,7 +310,7 @@ def test_the_tuned_schedule_ends_with_both_losses_after_the_learning_rate_has_fa
     assert recipes.load(f"mnist-{model}-ibp-short").certified_epochs == 0
 
 
-def test_learning_rates_by_fan_in_are_those_of_the_networks_that_they_were_tried_on():
+def test_learning_rates_by_fan_in_are_those_of_two_networks():
     for name, config in every():
         tuned = name.startswith("mnist-") and name.endswith("-short")
         tuned = tuned and config.model in ("dm-small", "dm-large")
@@ -318,7 +318,15 @@ def test_learning_rates_by_fan_in_are_those_of_the_networks_that_they_were_tried
 
 
 def test_the_short_schedule_of_other_networks_is_longer():
-    assert recipes.load("mnist-dm-medium-short").epochs == 70  # tuned for two networks alone
+    assert recipes.load("mnist-dm-medium-short").epochs == 70  # DM-Small's and DM-Large's differ
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_dm_large_takes_over_the_short_schedule_of_dm_small(method):
+    small, large = (
+        recipes.load(f"mnist-{size}-{method}-short") for size in ("dm-small", "dm-large")
+    )
+    assert dataclasses.replace(large, model="dm-small") == small
 
 
 def test_digits_leaves_whole_batches_to_train_on():
