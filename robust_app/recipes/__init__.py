@@ -121,7 +121,10 @@ def families() -> tuple[Family, ...]:
 
 
 def _merged(table: Mapping[str, Any], choice: Mapping[str, str]) -> dict[str, Any]:
-    """A table's plain values, overridden by those of its subtables that the choice names."""
+    """A table's plain values, overridden by those of its subtables that the choice names.
+
+    A subtable's key names one choice, or several with spaces between them.
+    """
     values = {
         key: value
         for key, value in table.items()
@@ -129,8 +132,10 @@ def _merged(table: Mapping[str, Any], choice: Mapping[str, str]) -> dict[str, An
     }
     for kind in KINDS:
         special = table.get(kind)  # of `epsilon` it may be a plain value, taken above
-        if isinstance(special, Mapping) and choice[kind] in special:
-            values |= _merged(special[choice[kind]], choice)
+        if isinstance(special, Mapping):
+            for named, changes in special.items():
+                if choice[kind] in named.split():
+                    values |= _merged(changes, choice)
     return values
 
 
