@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -244,6 +244,16 @@ class Examination:
             config.pgd_restarts,
             methods.verifiers_of(config),
         )
+
+
+def evaluated(directory: RunDirectory, how: Examination, epoch: int) -> bool:
+    """Whether ``results.json`` has an evaluation of this kind of the last network, of an epoch."""
+    asked = asdict(how) | {"verifiers": list(how.verifiers)}
+    return any(
+        str(entry["network"]).endswith(f"last (epoch {epoch})")
+        and all(entry.get(name) == value for name, value in asked.items())
+        for entry in directory.results()
+    )
 
 
 def measure(

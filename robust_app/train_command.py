@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from robust_app import config as configs
-from robust_app import data, distributed, divergence, recipes, reporting, runner
+from robust_app import data, distributed, divergence, recipes, reporting, runner, session
 from robust_app.capture import EXECUTIONS
 from robust_app.config import Config
 from robust_app.data import Dataset
@@ -137,9 +137,12 @@ def _train_and_report(
         line = f"paused after epoch {trainer.epochs_done}; {_again(directory)}"
         console.print(line, markup=False, soft_wrap=True)
         return
-    runner.evaluate(
-        directory, dataset, console, Examination.of(trainer.config), trainer.config.seed
-    )
+    how = Examination.of(trainer.config)
+    if session.evaluated(directory, how, trainer.epochs_done):
+        line = f"done before; its errors are in {directory.results_file}"
+        console.print(line, markup=False, soft_wrap=True)
+        return
+    runner.evaluate(directory, dataset, console, how, trainer.config.seed)
 
 
 @contextmanager

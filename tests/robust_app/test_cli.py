@@ -169,6 +169,25 @@ def test_a_paused_run_resumes_to_the_bits_of_an_unbroken_one(robust_app, finishe
     assert_same_network(finished_run, tmp_path / "again")
 
 
+def test_a_run_that_is_done_is_evaluated_once(robust_app, tmp_path):
+    robust_app("train", *QUICK, "--run-dir", "run", "--stop-after", "1")
+    robust_app("evaluate", "run")  # of its first epoch, as its last will be
+    robust_app("train", "--run-dir", "run", "--resume")
+    results = tmp_path / "run" / "results.json"
+    kept = results.read_bytes()
+    assert "last (epoch 2)" in RunDirectory(tmp_path / "run").results()[-1]["network"]
+    status, out, _ = robust_app("train", "--run-dir", "run", "--resume")
+    assert status == 0
+    assert "done before; its errors are in run/results.json" in out
+    assert results.read_bytes() == kept
+    results.unlink()  # as where it was killed in its evaluation
+    robust_app("evaluate", "run", "--pgd-steps", "1")  # another kind
+    robust_app("train", "--run-dir", "run", "--resume")
+    steps = [entry["pgd_steps"] for entry in RunDirectory(tmp_path / "run").results()]
+    assert steps == sorted(steps)
+    assert len(set(steps)) == 2
+
+
 STAGES = (
     *("--set", "epochs=2", "--set", "natural_epochs=0", "--set", "adversarial_epochs=0"),
     *("--set", "ramp_epochs=1", "--set", "stages=2", "--set", "stage_epochs=2"),
