@@ -14,6 +14,9 @@ SHARED_GRAPH = """\
 losses[{index}] shares its graph with a loss before it, and the graph of an iterator's loss is \
 freed before the next loss is made: make each loss from a forward pass of its own, or give \
 backward() a list"""
+FREED_GRAPH = """\
+losses[{index}] has a graph that a backward pass before this one has freed: make the losses anew \
+for each step, and leave their backward passes to the optimizer"""
 
 
 @dataclass
@@ -23,6 +26,7 @@ class LossGradients:
     losses: list[Tensor] = field(default_factory=list)
     gradients: list[Gradients] = field(default_factory=list)
 
+    @torch.enable_grad()  # as torch's own backward, it may be called under no_grad
     def add(
         self, losses: Iterable[Tensor], parameters: Sequence[Tensor], scaler: GradScaler | None
     ) -> None:
@@ -35,9 +39,10 @@ class LossGradients:
             scaler: multiplies each loss, hence the gradients, by its scale.
 
         Raises:
-            TypeError: if ``losses`` is no iterable of tensors.
+            TypeError: if ``losses`` is no iterable of real tensors.
             ValueError: if a loss is no scalar, has no graph, reaches none of the parameters or
                 has a sparse gradient; if there are none, or not as many as at the first call.
+            RuntimeError: if the graph of a loss was freed before.
         """
         first = not self.losses
         index = 0
@@ -53,9 +58,10 @@ class LossGradients:
             try:
                 torch.autograd.backward(scaled, retain_graph=retain_graph)
             except RuntimeError as error:
-                if index and "second time" in str(error):
-                    raise RuntimeError(SHARED_GRAPH.format(index=index)) from error
-                raise
+                if "second time" not in str(error):
+                    raise
+                reason = SHARED_GRAPH if index and isinstance(losses, Iterator) else FREED_GRAPH
+                raise RuntimeError(reason.format(index=index)) from error
             self.losses[index] += loss.detach()
             self.gradients[index] = _take(parameters, index)
             index += 1
@@ -81,6 +87,8 @@ def each(losses: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     for loss in shared or losses:
         if not isinstance(loss, Tensor):
             raise TypeError(f"losses[{index}] must be a scalar tensor, got {type(loss).__name__}")
+        if loss.is_complex():
+            raise TypeError(f"losses[{index}] must be real, got {loss.dtype}")
         if loss.numel() != 1:
             raise ValueError(f"losses[{index}] must be a scalar, got shape {tuple(loss.shape)}")
         if not loss.requires_grad:

@@ -38,6 +38,11 @@ class Moments:
         """K, the number of losses."""
         return self._exp_avg_norms.numel()
 
+    @property
+    def parameters(self) -> Iterable[Tensor]:
+        """Those that have had a gradient, in order of first appearance."""
+        return self._parameters.keys()
+
     def gramian(self) -> Tensor:
         """⟨mⱼ, mₖ⟩ of the bias-corrected moments, shape ``(K, K)``; 0 before any gradient."""
         return bias_corrected(self._exp_avg_gramian, self.decay[0], self.count, power=2)

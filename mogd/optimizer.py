@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from mogd import parallel
+from mogd.arguments import as_priority, as_rule, decays, make_base, some_of
 from mogd.bisector_projection import BisectorProjection
 from mogd.closure import check_gradient, needs_closure, reevaluation
 from mogd.gradients import LossGradients, combine, known_number
@@ -19,7 +20,7 @@ from mogd.nonfinite import Guard, largest_number
 from mogd.packs import Gradients
 from mogd.priority import Fixed, Priority, ask
 from mogd.record import Record
-from mogd.rules import GramianRule, Rule, Weighting, slopes
+from mogd.rules import Rule, Weighting, slopes
 from mogd.shards import local
 from mogd.wrapper import Wrapper
 
@@ -50,8 +51,8 @@ class UnbiasedMultiGradient(Wrapper):
         **base_options: go to ``base``: ``lr``, ``betas``, ``weight_decay``, …
 
     Raises:
-        TypeError: if ``base`` does not make an optimizer, or ``rule`` or ``priority`` cannot be
-            called.
+        TypeError: if ``base`` does not make an optimizer, ``rule`` or ``priority`` cannot be called
+            or is a class, or ``weigh_by`` is no iterable.
         ValueError: if a decay is outside [0, 1), ``nonfinite`` is unknown, or ``weigh_by`` is empty
             or names what is not among the parameters.
 
@@ -85,25 +86,10 @@ class UnbiasedMultiGradient(Wrapper):
         weigh_by: Iterable[Tensor] | None = None,
         **base_options: Any,
     ) -> None:
-        pair = isinstance(moment_decay, Sequence) and len(moment_decay) == 2
-        if not pair or not all(0.0 <= decay < 1.0 for decay in moment_decay):
-            raise ValueError(f"moment_decay must be two numbers in [0, 1), got {moment_decay!r}")
-        if isinstance(params, Optimizer) or isinstance(base, Optimizer):
-            found = type(params if isinstance(params, Optimizer) else base).__name__
-            raise TypeError(
-                "base must be an optimizer's class, its options beside it "
-                f"(model.parameters(), torch.optim.Adam, lr=1e-3), got a made {found}"
-            )
-        for name, value in (("base", base), ("rule", rule), ("priority", priority)):
-            if not callable(value):
-                raise TypeError(f"{name} must be callable, got {value!r}")
-        made = base(params, **base_options)
-        if not isinstance(made, Optimizer):
-            raise TypeError(f"base must make a torch.optim.Optimizer, got {type(made).__name__}")
-        super().__init__(made)
+        decays(moment_decay)
+        self.rule, self.priority = rule, priority
+        super().__init__(make_base(params, base, base_options))
         self.moment_decay = moment_decay
-        self.rule = rule if isinstance(rule, Rule) else GramianRule(rule)
-        self.priority = priority
         self.distributed = True
         self.last = None
         self._moments: Moments | None = None
@@ -111,12 +97,25 @@ class UnbiasedMultiGradient(Wrapper):
         self._accumulating = False
         self._pending: LossGradients | None = None  # micro-batches not yet combined
         self._keep: Tensor | bool = True  # may the base step; a tensor to keep it on the device
-        self._weigh_by = None if weigh_by is None else frozenset(weigh_by)
-        if self._weigh_by is not None:
-            foreign = self._weigh_by.difference(self._parameters())
-            if foreign or not self._weigh_by:
-                found = f"{len(foreign)} others" if foreign else "none"
-                raise ValueError(f"weigh_by must hold parameters of the optimizer, got {found}")
+        self._weigh_by = some_of(self._parameters(), weigh_by)
+
+    @property
+    def rule(self) -> Rule:
+        """From the moments to the weights; a plain function of the Gramian is made a rule."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule | Callable[[Tensor], Tensor]) -> None:
+        self._rule = as_rule(rule)
+
+    @property
+    def priority(self) -> Priority:
+        """Which loss goes first in conflict."""
+        return self._priority
+
+    @priority.setter
+    def priority(self, priority: Priority) -> None:
+        self._priority = as_priority(priority)
 
     @property
     def nonfinite(self) -> str:
@@ -154,9 +153,12 @@ class UnbiasedMultiGradient(Wrapper):
                 rule no K weights.
             FloatingPointError: if a loss, its gradient or the weighted sum is not finite and
                 ``nonfinite`` is ``"raise"``; nothing has changed then.
-            RuntimeError: if processes that train one model hold different gradients or weights.
+            RuntimeError: if a loss's graph was freed before, or processes that train one model hold
+                different gradients or weights.
         """
         self = self._itself()
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         if scaler is not None and not scaler.is_enabled():
             scaler = None
         collected, self._pending = self._pending or LossGradients(), None
@@ -215,8 +217,14 @@ class UnbiasedMultiGradient(Wrapper):
 
         Raises:
             RuntimeError: if accumulated gradients were never combined.
-            TypeError: if the base needs the losses and gets none, or there is no gradient.
+            TypeError: if ``closure`` cannot be called, the base needs the losses and gets none, or
+                there is no gradient.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                "closure must be a function that returns the losses, got "
+                f"{type(closure).__name__}: give losses to backward(), then call step()"
+            )
         record = None
         if closure is not None:
             before, self._pending = self._pending, None
@@ -268,6 +276,11 @@ class UnbiasedMultiGradient(Wrapper):
             moments = Moments.from_state_dict(
                 moments, (beta_1, beta_2), self._parameters(), self._device()
             )
+            if self._weigh_by is not None and not self._weigh_by.issuperset(moments.parameters):
+                raise ValueError(
+                    "state_dict['moments'] has parameters that are not in weigh_by: "
+                    "the state is of another weigh_by"
+                )
         guard = Guard(self._guard.policy)
         guard.skipped = torch.tensor(state_dict["skipped"])
         return {
@@ -279,7 +292,7 @@ class UnbiasedMultiGradient(Wrapper):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "moment_decay", "rule", "priority", "distributed", "last")
+        names = ("base", "moment_decay", "distributed", "last", "_rule", "_priority")
         private = ("_moments", "_guard", "_pending", "_accumulating", "_keep", "_weigh_by")
         return {name: vars(self)[name] for name in names + private}
 

@@ -7,6 +7,7 @@ weights do, so it may read the ``.grad`` of inputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -55,6 +56,10 @@ class Threshold:
         measure: function of the losses, shape ``(K,)``, that returns a 0-dim tensor.
         limit: the largest value at which the first loss goes first; a number or a 0-dim tensor.
 
+    Raises:
+        TypeError: if ``measure`` cannot be called or ``limit`` is neither; on use, if ``measure``
+            returns no tensor.
+
     >>> gap = Threshold(lambda losses: losses[1] - losses[0], limit=0.5)
     >>> gap(torch.tensor([1.0, 1.2])), gap(torch.tensor([1.0, 2.0]))
     (tensor(0), tensor(1))
@@ -63,8 +68,17 @@ class Threshold:
     measure: Callable[[Tensor], Tensor]
     limit: float | Tensor
 
+    def __post_init__(self) -> None:
+        if not callable(self.measure):
+            raise TypeError(f"measure must be callable, got {self.measure!r}")
+        if not isinstance(self.limit, Real | Tensor):
+            raise TypeError(f"limit must be a number or a 0-dim tensor, got {self.limit!r}")
+
     def __call__(self, losses: Tensor) -> Tensor:
-        return (self.measure(losses) > self.limit).long()
+        measured = self.measure(losses)
+        if not isinstance(measured, Tensor):
+            raise TypeError(f"measure must return a 0-dim tensor, got {measured!r}")
+        return (measured > self.limit).long()
 
 
 def ask(priority: Priority, losses: Tensor) -> Tensor:
@@ -81,7 +95,7 @@ def ask(priority: Priority, losses: Tensor) -> Tensor:
     """
     answer = priority(losses)
     if isinstance(answer, bool) or not isinstance(answer, int | Tensor):
-        raise TypeError(f"priority must return an integer, got {answer!r}")
+        raise TypeError(f"priority must return an int or a 0-dim integer tensor, got {answer!r}")
     if isinstance(answer, Tensor):
         fractional = answer.is_floating_point() or answer.is_complex()
         if answer.dim() != 0 or fractional or answer.dtype is torch.bool:

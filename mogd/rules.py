@@ -101,7 +101,10 @@ class Constant(Rule):
     weights: Sequence[float]
 
     def __post_init__(self) -> None:
-        weights = torch.as_tensor(self.weights)
+        try:
+            weights = torch.as_tensor(self.weights, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            weights = torch.tensor(torch.nan)
         if weights.dim() != 1 or weights.numel() == 0 or not weights.isfinite().all():
             raise ValueError(
                 f"weights must be one finite number for each loss, got {self.weights!r}"

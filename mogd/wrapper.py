@@ -1,6 +1,6 @@
 """An optimizer around another: what is asked of any optimizer, by way of the base."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -40,10 +40,13 @@ class Wrapper(Optimizer):
         """Continue where :meth:`state_dict` was taken, to the same bits.
 
         Raises:
+            TypeError: if ``state_dict`` is no mapping.
             ValueError: if the state is another optimizer's or does not fit the parameters;
                 nothing has changed then.
         """
         self = self._itself()
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         state_dict = dict(state_dict)
         for revise in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = revise(self, state_dict) or state_dict

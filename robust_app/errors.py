@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 SHOWN = 200
 """Characters of a value in an error."""
+FEW = 4
+"""Known names that are listed in an error, and not the nearest alone."""
 
 
 class UserError(Exception):
@@ -19,13 +21,18 @@ class UserError(Exception):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is in no table; it says which known name is nearest.
+    """The error for a name that is in no table; it says which are, or of many the nearest one.
 
-    >>> print(unknown("recipe", "digit", ["digits", "mnist-dm-small"]))
+    >>> print(unknown("--execution", "fast", ["eager", "graph", "compile"]))
+    unknown --execution 'fast'; known are 'eager', 'graph', 'compile'
+    >>> print(unknown("recipe", "digit", ["cifar10", "digits", "mnist", "mnist-dm-small", "svhn"]))
     unknown recipe 'digit'; the nearest known is 'digits'
     """
+    known = list(known)
+    if len(known) <= FEW:
+        return UserError(f"unknown {kind} {shown(name)}; known are {', '.join(map(repr, known))}")
     # To compare a very long name takes very long.
-    nearest = difflib.get_close_matches(name[:SHOWN], list(known), n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(name[:SHOWN], known, n=1, cutoff=0.0)[0]
     return UserError(f"unknown {kind} {shown(name)}; the nearest known is {nearest!r}")
 
 

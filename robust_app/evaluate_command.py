@@ -10,7 +10,7 @@ import typer
 from robust_app import data, distributed, reporting, runner, verifiers
 from robust_app.errors import UserError
 from robust_app.exchange import outside
-from robust_app.options import DataRoot, Device, Download, VerifierNames
+from robust_app.options import DataRoot, Device, Download, Epsilon, VerifierNames
 from robust_app.run_directory import RunDirectory
 from robust_app.session import Examination
 
@@ -35,9 +35,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help=f"{OF_OUTSIDE}a JSON file for the results.")
     ] = None,
-    epsilon: Annotated[
-        float | None, typer.Option(help="Radius in pixels of [0, 1]; a run's by default.")
-    ] = None,
+    epsilon: Epsilon = None,
     verifier: VerifierNames = None,
     pgd_steps: Annotated[
         int | None, typer.Option(min=1, help="A run's by default, else 200.")

@@ -1,5 +1,6 @@
 """Options of the command line that several commands take."""
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -19,5 +20,28 @@ VerifierNames = Annotated[
         metavar="NAME[,NAME…]",
         help=f"Each decides what those before it left: {', '.join(VERIFIERS)}. "
         "By default ibp, and crown-ibp where the training ends with its bounds.",
+    ),
+]
+
+
+def number(text: str) -> float:
+    """A decimal or, as radii of pixels are often given, a fraction.
+
+    Raises:
+        typer.BadParameter: if it is neither.
+
+    >>> number("0.1"), number("8/255") == 8 / 255
+    (0.1, True)
+    """
+    try:
+        return float(Fraction(text))
+    except (ValueError, ArithmeticError):
+        raise typer.BadParameter(f"expected a number, 0.1 or 8/255, found {text!r}") from None
+
+
+Epsilon = Annotated[
+    float | None,
+    typer.Option(
+        parser=number, metavar="NUMBER", help="Radius in pixels of [0, 1]; a run's by default."
     ),
 ]

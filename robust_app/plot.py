@@ -19,6 +19,8 @@ def plot(
     ] = Path("curves"),
 ) -> None:
     """Draw losses, errors, ε, c_t, weights and conflicts over the epochs, a line a run."""
+    if not out.name:
+        raise UserError(f"--out: expected a name of a picture, found {str(out)!r}")
     paths = [path.resolve() for path in run_dirs]
     runs = {label: read(path) for label, path in zip(labels(paths), paths, strict=True)}
     name = out.with_suffix("") if out.suffix[1:] in pictures.FORMATS else out

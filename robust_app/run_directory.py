@@ -73,9 +73,11 @@ class RunDirectory:
             raise UserError(f"{self.path}: not a folder")
         unbegun = {".lock", f"{self.config_file.name}.partial"}  # of a run killed before it began
         if self.path.exists() and any(entry.name not in unbegun for entry in self.path.iterdir()):
-            raise UserError(
-                f"{self.path}: not empty; add --resume to continue the run in it, or choose another"
+            run = "add --resume to continue the run in it, or choose another"
+            way = (
+                run if self.config_file.exists() else "choose another folder, there is no run in it"
             )
+            raise UserError(f"{self.path}: not empty; {way}")
 
     def start(self, config: Config) -> None:
         """Write the configuration of a new run.

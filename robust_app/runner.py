@@ -129,7 +129,7 @@ def evaluate(
     _show(console, dataset, how, list(rows.values()))
     constant = _accuracy_of_one_class(dataset)
     for name, errors in rows.values():
-        if _near_chance(1 - errors.standard_error / 100, constant):
+        if how.images is None and _near_chance(1 - errors.standard_error / 100, constant):
             console.print(
                 f"warning: near chance: {name} has a standard error of {errors.standard_error:.2f}%"
                 f", one class for all {100 * (1 - constant):.2f}%; its training has collapsed",

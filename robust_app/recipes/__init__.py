@@ -158,6 +158,8 @@ def _composed() -> dict[str, tuple[Family, dict[str, str]]]:
 def _read(name: str) -> dict[str, Any]:
     """The keys of a recipe in a file of the user's."""
     if not name.endswith(".toml"):
+        if name and Path(name).exists():
+            raise UserError(f"recipe {name}: a file of a recipe's name ends in .toml")
         raise unknown("recipe", name, _composed())
     try:
         return documents.read_toml(Path(name))

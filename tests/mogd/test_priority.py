@@ -91,3 +91,20 @@ def test_an_answer_of_another_kind_is_refused(answer, found):
 def test_an_answer_out_of_range_is_refused(index, kind):
     with pytest.raises(ValueError, match=f"an index of 2 losses, got {index}"):
         ask(lambda _: kind(index), LOSSES)
+
+
+@pytest.mark.parametrize("measure", [None, 0.1, LOSSES])
+def test_threshold_refuses_a_measure_that_cannot_be_called(measure):
+    with pytest.raises(TypeError, match="measure must be callable, got"):
+        Threshold(measure, limit=0.1)
+
+
+@pytest.mark.parametrize("limit", ["a", None, [0.1]])
+def test_threshold_refuses_a_limit_that_is_no_number(limit):
+    with pytest.raises(TypeError, match="limit must be a number or a 0-dim tensor, got"):
+        Threshold(torch.mean, limit=limit)
+
+
+def test_threshold_refuses_a_measure_that_returns_no_tensor():
+    with pytest.raises(TypeError, match="measure must return a 0-dim tensor, got None"):
+        Threshold(lambda losses: None, limit=0.1)(LOSSES)

@@ -204,3 +204,14 @@ def test_what_the_optimizer_does_not_train_is_refused():
         UnbiasedMultiGradient([a], lr=0.1, weigh_by=[a, b])
     with pytest.raises(ValueError, match="got 1 others"):
         UnbiasedMultiGradient([a], lr=0.1, weigh_by=[a.detach().clone()])  # equal, not the same
+
+
+def test_the_state_of_other_parameters_is_refused_and_changes_nothing():
+    model = network()
+    by_all = UnbiasedMultiGradient(model.parameters(), torch.optim.Adam, lr=0.05)
+    train(model, by_all, range(2))
+    optimizer = made(network())
+    with pytest.raises(ValueError, match="parameters that are not in weigh_by"):
+        optimizer.load_state_dict(by_all.state_dict())
+    assert optimizer.state_dict()["moments"] is None
+    assert not optimizer.state

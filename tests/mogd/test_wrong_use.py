@@ -17,7 +17,7 @@ from chosen import (
 )
 from torch.testing import assert_close
 
-from mogd import UnbiasedMultiGradient
+from mogd import BisectorProjection, Fixed, UnbiasedMultiGradient
 
 
 def test_the_number_of_losses_may_not_change():
@@ -120,6 +120,7 @@ def test_sparse_gradients_are_refused_by_name_and_change_nothing():
         (lambda p: [p.sum(), p.detach().sum()], ValueError, r"losses\[1\] has no graph"),
         (lambda p: p.sum(), TypeError, "losses must be an iterable of scalar tensors, got one"),
         (lambda p: [p.sum(), 1.0], TypeError, r"losses\[1\] must be a scalar tensor, got float"),
+        (lambda p: [p.sum() * 1j], TypeError, r"losses\[0\] must be real, got torch.complex128"),
     ],
 )
 def test_losses_of_the_wrong_kind_are_refused_and_change_nothing(losses, error, message):
@@ -139,12 +140,19 @@ def test_losses_of_the_wrong_kind_are_refused_and_change_nothing(losses, error, 
         ({"moment_decay": (0.9, math.nan)}, ValueError, "moment_decay must be .* got"),
         ({"moment_decay": (0.9,)}, ValueError, r"moment_decay must be .* got \(0\.9,\)"),
         ({"moment_decay": 0.9}, ValueError, r"moment_decay must be .* got 0\.9"),
+        ({"moment_decay": (0.9, None)}, ValueError, r"moment_decay must be .* got \(0\.9, None\)"),
+        ({"moment_decay": "ab"}, ValueError, "moment_decay must be .* got 'ab'"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite must be 'raise' or 'skip', got 'ignore'"),
         ({"nonfinite": True}, ValueError, "nonfinite must be 'raise' or 'skip', got True"),
         ({"base": "SGD"}, TypeError, "base must be callable, got 'SGD'"),
-        ({"base": lambda params: 3}, TypeError, r"base must make a .*Optimizer, got int"),
+        ({"base": lambda params: 3}, TypeError, r"base must make a .*Optimizer .*, got int"),
+        ({"base": UnbiasedMultiGradient}, TypeError, "base must .* got UnbiasedMultiGradient"),
         ({"rule": "bisector"}, TypeError, "rule must be callable, got 'bisector'"),
+        ({"rule": BisectorProjection}, TypeError, "rule .* the class BisectorProjection: call it"),
         ({"priority": 1}, TypeError, "priority must be callable, got 1"),
+        ({"priority": Fixed}, TypeError, "priority must be an instance, got the class Fixed"),
+        ({"weigh_by": torch.nn.Linear(1, 1)}, TypeError, "weigh_by must be .* got Linear"),
+        ({"weigh_by": torch.zeros(2)}, TypeError, "weigh_by must be .* got Tensor"),
     ],
 )
 def test_wrong_options_are_refused_by_name(options, error, message):
@@ -163,3 +171,63 @@ def test_an_optimizer_in_the_place_of_its_class_is_refused(wrap):
     p = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(TypeError, match=r"base must be an optimizer's class.* got a made Adam"):
         UnbiasedMultiGradient(*wrap(p, torch.optim.Adam([p])))
+
+
+@pytest.mark.parametrize(("name", "value"), [("rule", "x"), ("priority", 1), ("priority", Fixed)])
+def test_wrong_options_are_refused_where_they_are_set_later(name, value):
+    _, optimizer = optimizer_after(CONFLICTING)
+    before = getattr(optimizer, name)
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        setattr(optimizer, name, value)
+    assert getattr(optimizer, name) is before
+
+
+def test_a_function_of_the_gramian_may_be_set_later():
+    _, optimizer = optimizer_after(CONFLICTING)
+    optimizer.rule = lambda gramian: torch.tensor([3.0, 4.0])
+    assert weights_next(optimizer).tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("scaler", [2.0, "grad"])
+def test_what_is_no_scaler_is_refused_and_changes_nothing(scaler):
+    p, optimizer = optimizer_after(CONFLICTING)
+    before = snapshot(optimizer)
+    with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler, got"):
+        optimizer.backward([p.sum(), -p.sum()], scaler=scaler)
+    assert_same_bits(snapshot(optimizer), before)
+
+
+def test_losses_in_the_place_of_a_closure_are_refused_with_the_way_to_give_them():
+    p, optimizer = optimizer_after(CONFLICTING)
+    with pytest.raises(TypeError, match=r"closure must be a function .* got list: .* backward\(\)"):
+        optimizer.step([p.sum(), -p.sum()])
+
+
+@pytest.mark.parametrize("state", [None, "x", 3])
+def test_a_state_that_is_no_mapping_is_refused(state):
+    _, optimizer = optimizer_after(CONFLICTING)
+    with pytest.raises(TypeError, match="state_dict must be a mapping, got"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_graph_that_the_caller_has_freed_is_told_as_that(place):
+    p, optimizer = optimizer_after(CONFLICTING)
+    losses = [(p**2).sum(), (p**3).sum()]
+    losses[place].backward()
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=rf"losses\[{place}\] has a graph .* make the losses"):
+        optimizer.backward(losses)
+    assert_same_bits(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_losses_with_a_graph_are_differentiated_under_no_grad_too(kind):
+    p, optimizer = optimizer_after(CONFLICTING)
+    q, other = optimizer_after(CONFLICTING)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    optimizer.backward([(p**2).sum(), (p**3).sum()], scaler=scaler)
+    losses = [(q**2).sum(), (q**3).sum().reshape(1)]
+    with torch.no_grad():
+        other.backward(kind(losses), scaler=scaler)
+    assert torch.equal(p.grad, q.grad)

@@ -143,6 +143,17 @@ def test_a_time_limit_that_could_not_be_kept_is_refused(robust_app, finished_run
     assert (finished_run / "results.json").read_bytes() == before
 
 
+def test_a_radius_may_be_a_fraction(robust_app, finished_run):
+    assert robust_app("evaluate", finished_run, "--images", "3", "--epsilon", "8/255")[0] == 0
+    assert RunDirectory(finished_run).results()[-1]["epsilon"] == 8 / 255
+
+
+@pytest.mark.parametrize("radius", ["a", "1/0", "8/255/2", "inf", "nan", ""])
+def test_a_radius_that_is_no_number_is_refused(robust_app, finished_run, radius):
+    outcome = robust_app("evaluate", finished_run, "--images", "3", "--epsilon", radius)
+    assert_refused(outcome, "--epsilon", "expected a number, 0.1 or 8/255", repr(radius))
+
+
 def test_one_verifier_needs_no_table_of_shares(robust_app, finished_run):
     _, out, _ = robust_app("evaluate", finished_run, "--images", "40")
     assert "decided by" not in out
@@ -338,6 +349,8 @@ def test_printing_an_unknown_recipe_names_the_nearest(robust_app):
         (("--recipe", "digit"), ("recipe", "'digits'")),
         (("--recipe", ""), ("unknown recipe ''",)),
         (("--recipe", "missing.toml"), ("missing.toml", "cannot be read")),
+        (("--recipe", "."), ("recipe .", "ends in .toml")),
+        (("--execution", "fast"), ("--execution 'fast'", "known are 'eager', 'graph', 'compile'")),
         (("--set", "epsilom=0.1"), ("epsilom", "'epsilon'")),
         (("--set", "epsilon=2"), ("epsilon", "[0, 1]", "2")),
         (("--set", "epsilon"), ("key=value", "epsilon")),
@@ -462,7 +475,9 @@ def test_a_directory_with_anything_in_it_is_not_overwritten(robust_app, finished
 def test_a_folder_with_other_files_is_left_as_it_is(robust_app, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("mine")
-    assert_refused(robust_app("train", *QUICK, "--run-dir", "home"), "not empty")
+    assert_refused(
+        robust_app("train", *QUICK, "--run-dir", "home"), "not empty", "there is no run in it"
+    )
     assert [file.name for file in (tmp_path / "home").iterdir()] == ["thesis.tex"]
 
 
@@ -555,11 +570,17 @@ def test_a_directory_in_use_is_refused(robust_app, finished_run):
     assert robust_app("train", "--run-dir", finished_run, "--resume")[0] == 0
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "best.pt"])
-def test_a_damaged_file_is_refused_and_kept(robust_app, finished_run, name):
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("checkpoint.pt", ("train", "--resume", "--run-dir")),
+        ("last.pt", ("train", "--resume", "--run-dir")),
+        ("best.pt", ("evaluate",)),
+    ],
+)
+def test_a_damaged_file_is_refused_and_kept(robust_app, finished_run, name, command):
     (finished_run / name).write_bytes(b"not a checkpoint")
-    outcome = robust_app("train", "--run-dir", finished_run, "--resume")
-    assert_refused(outcome, name, "not a checkpoint")
+    assert_refused(robust_app(*command, finished_run), name, "not a checkpoint")
     assert (finished_run / name).read_bytes() == b"not a checkpoint"
 
 

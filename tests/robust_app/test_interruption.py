@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -50,3 +52,39 @@ def test_what_was_to_be_ignored_stays_so(usual):
     with stoppable() as stop:
         send(signal.SIGINT)
     assert stop.status is None
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                print("caught, as libraries do")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["robust-app", "--version"]
+from robust_app.__main__ import main
+main()
+"""
+
+
+def test_an_interruption_while_libraries_are_imported_ends_at_once_and_silently():
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"")
+
+
+def test_an_interruption_after_the_imports_is_the_command_s(tmp_path):
+    program = INTERRUPTED_IMPORT.replace('"torch"', '"none"').replace(
+        "main()\n", "main()\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+    program = program.replace("main()", "try: main()\nexcept SystemExit: pass", 1)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout.startswith(b"robust-app ")

@@ -1,0 +1,77 @@
+"""What an optimizer may be given, checked where it is given and not where it is first used."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mogd.priority import Priority
+from mogd.rules import GramianRule, Rule
+from mogd.wrapper import Wrapper
+
+
+def decays(moment_decay: tuple[float, float]) -> tuple[float, float]:
+    """β₁ and β₂, or a ValueError."""
+    pair = isinstance(moment_decay, Sequence) and len(moment_decay) == 2
+    if not pair or not all(isinstance(beta, Real) and 0.0 <= beta < 1.0 for beta in moment_decay):
+        raise ValueError(f"moment_decay must be two numbers in [0, 1), got {moment_decay!r}")
+    return moment_decay
+
+
+def make_base(params: Any, base: Callable[..., Optimizer], options: Mapping[str, Any]) -> Optimizer:
+    """The optimizer to wrap, or a TypeError."""
+    if isinstance(params, Optimizer) or isinstance(base, Optimizer):
+        found = type(params if isinstance(params, Optimizer) else base).__name__
+        raise TypeError(
+            "base must be an optimizer's class, its options beside it "
+            f"(model.parameters(), torch.optim.Adam, lr=1e-3), got a made {found}"
+        )
+    if not callable(base):
+        raise TypeError(f"base must be callable, got {base!r}")
+    made = base(params, **options)
+    if not isinstance(made, Optimizer) or isinstance(made, Wrapper):
+        raise TypeError(
+            "base must make a torch.optim.Optimizer that steps by itself, "
+            f"got {type(made).__name__}"
+        )
+    return made
+
+
+def as_rule(rule: Rule | Callable[[Tensor], Tensor]) -> Rule:
+    """A rule, or a TypeError."""
+    _check_callable("rule", rule)
+    return rule if isinstance(rule, Rule) else GramianRule(rule)
+
+
+def as_priority(priority: Priority) -> Priority:
+    """A priority, or a TypeError."""
+    _check_callable("priority", priority)
+    return priority
+
+
+def _check_callable(name: str, value: object) -> None:
+    if isinstance(value, type):
+        raise TypeError(f"{name} must be an instance, got the class {value.__name__}: call it")
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {value!r}")
+
+
+def some_of(
+    parameters: Iterable[Tensor], weigh_by: Iterable[Tensor] | None
+) -> frozenset[Tensor] | None:
+    """What to weigh by, or a TypeError or ValueError."""
+    if weigh_by is None:
+        return None
+    if isinstance(weigh_by, Tensor) or not isinstance(weigh_by, Iterable):
+        raise TypeError(
+            "weigh_by must be an iterable of parameters (layer.parameters()), "
+            f"got {type(weigh_by).__name__}"
+        )
+    chosen = frozenset(weigh_by)
+    foreign = chosen.difference(parameters)
+    if foreign or not chosen:
+        found = f"{len(foreign)} others" if foreign else "none"
+        raise ValueError(f"weigh_by must hold parameters of the optimizer, got {found}")
+    return chosen
