@@ -13,11 +13,12 @@ from mogd.wrapper import Wrapper
 
 
 def decays(moment_decay: tuple[float, float]) -> tuple[float, float]:
-    """β₁ and β₂, or a ValueError."""
+    """β₁ and β₂ as a state holds them, or a ValueError."""
     pair = isinstance(moment_decay, Sequence) and len(moment_decay) == 2
     if not pair or not all(isinstance(beta, Real) and 0.0 <= beta < 1.0 for beta in moment_decay):
         raise ValueError(f"moment_decay must be two numbers in [0, 1), got {moment_decay!r}")
-    return moment_decay
+    first, second = map(float, moment_decay)
+    return first, second
 
 
 def make_base(params: Any, base: Callable[..., Optimizer], options: Mapping[str, Any]) -> Optimizer:
@@ -69,9 +70,9 @@ def some_of(
             "weigh_by must be an iterable of parameters (layer.parameters()), "
             f"got {type(weigh_by).__name__}"
         )
-    chosen = frozenset(weigh_by)
-    foreign = chosen.difference(parameters)
+    chosen, known = list(weigh_by), set(parameters)
+    foreign = [one for one in chosen if not isinstance(one, Tensor) or one not in known]
     if foreign or not chosen:
         found = f"{len(foreign)} others" if foreign else "none"
         raise ValueError(f"weigh_by must hold parameters of the optimizer, got {found}")
-    return chosen
+    return frozenset(chosen)

@@ -16,7 +16,7 @@ freed before the next loss is made: make each loss from a forward pass of its ow
 backward() a list"""
 FREED_GRAPH = """\
 losses[{index}] has a graph that a backward pass before this one has freed: make the losses anew \
-for each step, and leave their backward passes to the optimizer"""
+for each backward() of the optimizer, and call none of your own"""
 
 
 @dataclass

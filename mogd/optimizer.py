@@ -86,10 +86,9 @@ class UnbiasedMultiGradient(Wrapper):
         weigh_by: Iterable[Tensor] | None = None,
         **base_options: Any,
     ) -> None:
-        decays(moment_decay)
         self.rule, self.priority = rule, priority
         super().__init__(make_base(params, base, base_options))
-        self.moment_decay = moment_decay
+        self.moment_decay = decays(moment_decay)
         self.distributed = True
         self.last = None
         self._moments: Moments | None = None
@@ -149,8 +148,8 @@ class UnbiasedMultiGradient(Wrapper):
 
         Raises:
             TypeError, ValueError: if ``losses`` are not K scalars with graphs that reach the
-                parameters, K as before and in each process; if the priority names no loss or the
-                rule no K weights.
+                parameters, K as before and in each process; if ``scaler`` is none; if the priority
+                names no loss or the rule no K weights.
             FloatingPointError: if a loss, its gradient or the weighted sum is not finite and
                 ``nonfinite`` is ``"raise"``; nothing has changed then.
             RuntimeError: if a loss's graph was freed before, or processes that train one model hold
@@ -271,11 +270,9 @@ class UnbiasedMultiGradient(Wrapper):
         }
 
     def _from_added_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        moments, (beta_1, beta_2) = state_dict["moments"], state_dict["moment_decay"]
+        moments, betas = state_dict["moments"], decays(state_dict["moment_decay"])
         if moments is not None:
-            moments = Moments.from_state_dict(
-                moments, (beta_1, beta_2), self._parameters(), self._device()
-            )
+            moments = Moments.from_state_dict(moments, betas, self._parameters(), self._device())
             if self._weigh_by is not None and not self._weigh_by.issuperset(moments.parameters):
                 raise ValueError(
                     "state_dict['moments'] has parameters that are not in weigh_by: "
@@ -284,7 +281,7 @@ class UnbiasedMultiGradient(Wrapper):
         guard = Guard(self._guard.policy)
         guard.skipped = torch.tensor(state_dict["skipped"])
         return {
-            "moment_decay": (beta_1, beta_2),
+            "moment_decay": betas,
             "_moments": moments,
             "_guard": guard,
             "_pending": None,
@@ -292,9 +289,9 @@ class UnbiasedMultiGradient(Wrapper):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "moment_decay", "distributed", "last", "_rule", "_priority")
-        private = ("_moments", "_guard", "_pending", "_accumulating", "_keep", "_weigh_by")
-        return {name: vars(self)[name] for name in names + private}
+        names = ("base", "moment_decay", "distributed", "last", "_rule", "_priority", "_moments")
+        others = ("_guard", "_pending", "_accumulating", "_keep", "_weigh_by")
+        return {name: vars(self)[name] for name in names + others}
 
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         """Weigh by the past, take in the present, combine (Algorithm 1)."""

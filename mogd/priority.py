@@ -57,8 +57,8 @@ class Threshold:
         limit: the largest value at which the first loss goes first; a number or a 0-dim tensor.
 
     Raises:
-        TypeError: if ``measure`` cannot be called or ``limit`` is neither; on use, if ``measure``
-            returns no tensor.
+        TypeError: if ``measure`` cannot be called or ``limit`` is neither, on use too; on use, if
+            ``measure`` returns no tensor.
 
     >>> gap = Threshold(lambda losses: losses[1] - losses[0], limit=0.5)
     >>> gap(torch.tensor([1.0, 1.2])), gap(torch.tensor([1.0, 2.0]))
@@ -71,14 +71,20 @@ class Threshold:
     def __post_init__(self) -> None:
         if not callable(self.measure):
             raise TypeError(f"measure must be callable, got {self.measure!r}")
-        if not isinstance(self.limit, Real | Tensor):
-            raise TypeError(f"limit must be a number or a 0-dim tensor, got {self.limit!r}")
+        _check_limit(self.limit)
 
     def __call__(self, losses: Tensor) -> Tensor:
         measured = self.measure(losses)
         if not isinstance(measured, Tensor):
             raise TypeError(f"measure must return a 0-dim tensor, got {measured!r}")
+        _check_limit(self.limit)  # it may have been set since
         return (measured > self.limit).long()
+
+
+def _check_limit(limit: object) -> None:
+    scalar = isinstance(limit, Tensor) and limit.dim() == 0
+    if not scalar and not isinstance(limit, Real):
+        raise TypeError(f"limit must be a number or a 0-dim tensor, got {limit!r}")
 
 
 def ask(priority: Priority, losses: Tensor) -> Tensor:

@@ -102,10 +102,15 @@ class Constant(Rule):
 
     def __post_init__(self) -> None:
         try:
-            weights = torch.as_tensor(self.weights, dtype=torch.float64)
+            weights = torch.as_tensor(self.weights)
         except (TypeError, ValueError, RuntimeError):
             weights = torch.tensor(torch.nan)
-        if weights.dim() != 1 or weights.numel() == 0 or not weights.isfinite().all():
+        if (
+            weights.dim() != 1
+            or weights.is_complex()
+            or weights.numel() == 0
+            or not weights.isfinite().all()
+        ):
             raise ValueError(
                 f"weights must be one finite number for each loss, got {self.weights!r}"
             )

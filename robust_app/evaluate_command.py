@@ -9,10 +9,10 @@ import typer
 
 from robust_app import data, distributed, reporting, runner, verifiers
 from robust_app.errors import UserError
+from robust_app.examination import Examination
 from robust_app.exchange import outside
 from robust_app.options import DataRoot, Device, Download, Epsilon, VerifierNames
 from robust_app.run_directory import RunDirectory
-from robust_app.session import Examination
 
 OF_OUTSIDE = "Of a network from elsewhere: "
 

@@ -1,6 +1,5 @@
 """Options of the command line that several commands take."""
 
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +32,9 @@ def number(text: str) -> float:
     >>> number("0.1"), number("8/255") == 8 / 255
     (0.1, True)
     """
+    numerator, slash, denominator = text.partition("/")
     try:
-        return float(Fraction(text))
+        return float(numerator) / (float(denominator) if slash else 1.0)
     except (ValueError, ArithmeticError):
         raise typer.BadParameter(f"expected a number, 0.1 or 8/255, found {text!r}") from None
 

@@ -19,7 +19,7 @@ def plot(
     ] = Path("curves"),
 ) -> None:
     """Draw losses, errors, ε, c_t, weights and conflicts over the epochs, a line a run."""
-    if not out.name:
+    if out.name in ("", ".."):
         raise UserError(f"--out: expected a name of a picture, found {str(out)!r}")
     paths = [path.resolve() for path in run_dirs]
     runs = {label: read(path) for label, path in zip(labels(paths), paths, strict=True)}

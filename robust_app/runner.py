@@ -9,15 +9,15 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
-from robust_app import curves, divergence, environment, pictures, reporting, session
+from robust_app import curves, divergence, environment, examination, pictures, reporting, session
 from robust_app.batches import as_float
 from robust_app.checkpoint import replacing
 from robust_app.data import Dataset
 from robust_app.errors import UserError
 from robust_app.evaluation import Errors, misclassified
 from robust_app.events import Events
+from robust_app.examination import Examination
 from robust_app.run_directory import RunDirectory
-from robust_app.session import Examination
 from robust_app.training import Trainer
 from robust_app.verifiers import VERIFIERS
 from robust_app.watching import Watcher, Watchers
@@ -106,7 +106,7 @@ def evaluate(
         dataset: the run's own.
         console: where to.
         how: what to do with the images.
-        seed: see :func:`robust_app.session.measure`.
+        seed: see :func:`robust_app.examination.measure`.
 
     Raises:
         UserError: a file is missing or damaged, or ``how`` does not fit the network or the data.
@@ -125,7 +125,7 @@ def evaluate(
             continue
         name = f"{which} (epoch {epoch})"
         with reporting.evaluating(console, name, images) as on_batch:
-            rows[epoch] = (name, session.measure(network, dataset, how, seed, on_batch))
+            rows[epoch] = (name, examination.measure(network, dataset, how, seed, on_batch))
     _show(console, dataset, how, list(rows.values()))
     constant = _accuracy_of_one_class(dataset)
     for name, errors in rows.values():
@@ -189,7 +189,7 @@ def evaluate_outside(
             soft_wrap=True,
         )
     with reporting.evaluating(console, name, how.images or len(y)) as on_batch:
-        errors = session.measure(network, dataset, how, SEED, on_batch)
+        errors = examination.measure(network, dataset, how, SEED, on_batch)
     _show(console, dataset, how, [(name, errors)])
     if output is not None:
         content = {"network": name, "dataset": dataset.name, **dataclasses.asdict(how)}

@@ -18,10 +18,10 @@ from robust_app.data import Dataset
 from robust_app.distributed import ProcessLost, World
 from robust_app.errors import UserError, unknown
 from robust_app.events import summary_writer
+from robust_app.examination import Examination
 from robust_app.interruption import Terminated
 from robust_app.options import DataRoot, Device, Download
 from robust_app.run_directory import RunDirectory, next_free
-from robust_app.session import Examination
 from robust_app.training import Trainer
 from robust_app.verify_run import check_data
 
@@ -138,7 +138,7 @@ def _train_and_report(
         console.print(line, markup=False, soft_wrap=True)
         return
     how = Examination.of(trainer.config)
-    if session.evaluated(directory, how, trainer.epochs_done):
+    if session.evaluated(directory, how):
         line = f"done before; its errors are in {directory.results_file}"
         console.print(line, markup=False, soft_wrap=True)
         return

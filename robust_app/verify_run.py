@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from robust_app import checkpoint, data, environment, session, verifiers
+from robust_app import checkpoint, data, environment, examination, session, verifiers
 from robust_app.config import INTEGER
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.epochs import held_out_errors
 from robust_app.errors import UserError, shown
+from robust_app.examination import Examination
 from robust_app.run_directory import RunDirectory
-from robust_app.session import Examination
 
 FIGURES = ("standard_error", "pgd_error", "verified_error", "falsified")
 
@@ -138,7 +138,7 @@ def of_test_images(
         found: dict[str, Any] = {}
         if epoch in networks:
             with progress(where, how.images or len(dataset.x_test)) as on_batch:
-                errors = session.measure(networks[epoch], dataset, how, config.seed, on_batch)
+                errors = examination.measure(networks[epoch], dataset, how, config.seed, on_batch)
             found = errors.as_dict()
         for figure, value in reported.items():
             yield Claim(where, epoch, figure, value, found.get(figure), made_with)

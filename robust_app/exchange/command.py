@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from robust_app import data, reporting, session, verifiers
+from robust_app import data, examination, reporting, session, verifiers
 from robust_app.data import Dataset
 from robust_app.errors import UserError, unknown
+from robust_app.examination import Examination
 from robust_app.exchange.export import export as write
 from robust_app.options import DataRoot, Download, VerifierNames
 from robust_app.run_directory import RunDirectory
-from robust_app.session import Examination
 
 NETWORKS = ("best", "last")
 
@@ -72,7 +72,7 @@ def export(
 def _chosen(dataset: Dataset, count: int | None, text: str | None, seed: int) -> list[int]:
     """Indices of test images."""
     if text is None:
-        return session.drawn(dataset, 10 if count is None else count, seed).tolist()
+        return examination.drawn(dataset, 10 if count is None else count, seed).tolist()
     if count is not None:
         raise UserError("--indices: give these or --images, not both")
     last = len(dataset.x_test) - 1

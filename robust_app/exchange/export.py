@@ -8,17 +8,17 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from robust_app import session
+from robust_app import examination
 from robust_app.batches import as_float
 from robust_app.checkpoint import replacing
 from robust_app.data import Dataset
 from robust_app.errors import UserError
 from robust_app.evaluation import CHUNK
 from robust_app.exact import Verdict
+from robust_app.examination import Examination
 from robust_app.exchange.parity import Parity, check_parity
 from robust_app.exchange.vnnlib import robustness
 from robust_app.exchange.writing import to_onnx
-from robust_app.session import Examination
 
 MODEL = "model.onnx"
 
@@ -78,7 +78,7 @@ def decided(
     network: nn.Module, image: Tensor, label: Tensor, how: Examination, seed: int
 ) -> Verdict:
     """What an attack and the verifiers say of one image ``(C, H, W)``."""
-    errors = session.examine(network, image[None], label[None], how, seed)
+    errors = examination.examine(network, image[None], label[None], how, seed)
     if errors.certified:
         return Verdict.CERTIFIED
     return Verdict.FALSIFIED if errors.falsified else Verdict.UNDECIDED

@@ -8,6 +8,7 @@ is one recipe, with a key per field of the Config and, if they like, a ``descrip
 """
 
 import itertools
+import os
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -158,7 +159,7 @@ def _composed() -> dict[str, tuple[Family, dict[str, str]]]:
 def _read(name: str) -> dict[str, Any]:
     """The keys of a recipe in a file of the user's."""
     if not name.endswith(".toml"):
-        if name and Path(name).exists():
+        if name and os.path.exists(name):  # noqa: PTH110 (a Path raises where a name is too long)
             raise UserError(f"recipe {name}: a file of a recipe's name ends in .toml")
         raise unknown("recipe", name, _composed())
     try:

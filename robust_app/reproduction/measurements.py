@@ -1,7 +1,5 @@
 """What the run directories already hold of the rows of a table."""
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +7,10 @@ from typing import Any
 
 from robust_app.config import Config
 from robust_app.errors import UserError, one_line
+from robust_app.examination import find_result
 from robust_app.reproduction.plan import Task
 from robust_app.run_directory import RunDirectory
-from robust_app.session import Examination, best_epoch
+from robust_app.session import best_epoch
 
 
 @dataclass(frozen=True)
@@ -95,27 +94,6 @@ def epoch_of(network: str, config: Config, metrics: list[dict[str, Any]]) -> int
     if network == "last":
         return config.total_epochs
     return config.epochs + int(network.removeprefix("stage-")) * config.stage_epochs
-
-
-def find_result(
-    results: list[dict[str, Any]], how: Examination, epoch: int
-) -> dict[str, Any] | None:
-    """The evaluation of one epoch's network in one way, the newest if there are several.
-
-    Args:
-        results: entries of ``results.json``.
-        how: what must agree with the entry.
-        epoch: that must end the entry's name of the network, ``"best (epoch 3)"``.
-    """
-    # As JSON has it: lists, not tuples.
-    wanted: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(how)))
-    matching = (
-        result
-        for result in reversed(results)
-        if str(result.get("network")).endswith(f"(epoch {epoch})")
-        and all(result.get(key) == value for key, value in wanted.items())
-    )
-    return next(matching, None)
 
 
 def _errors(result: Mapping[str, Any], directory: RunDirectory) -> dict[str, float]:

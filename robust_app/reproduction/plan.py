@@ -9,9 +9,9 @@ from robust_app import config as configs
 from robust_app import models, recipes
 from robust_app.config import Config
 from robust_app.errors import UserError
+from robust_app.examination import Examination
 from robust_app.reproduction import paper
 from robust_app.reproduction.paper import Row, Table
-from robust_app.session import Examination
 
 
 @dataclass(frozen=True)

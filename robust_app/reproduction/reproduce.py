@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from robust_app import checkpoint, data, environment, reporting, runner, session
+from robust_app import checkpoint, data, environment, examination, reporting, runner, session
 from robust_app.config import Config, differences
 from robust_app.data import Dataset
 from robust_app.distributed import World
@@ -155,7 +155,7 @@ class Reproduction:
     def _measure(self, directory: RunDirectory, task: Task, network: str) -> None:
         how, config = task.examination, task.run.config
         epoch = measurements.epoch_of(network, config, directory.metrics())
-        if epoch is None or measurements.find_result(directory.results(), how, epoch):
+        if epoch is None or examination.find_result(directory.results(), how, epoch):
             return
         dataset = self._load(config.dataset)
         loaded, epoch = session.load_network(directory, dataset, network)
@@ -163,7 +163,7 @@ class Reproduction:
         shown = f"{task.run.name}, {name}, ε = {how.epsilon:.4g}"
         images = how.images or len(dataset.x_test)
         with reporting.evaluating(self.console, shown, images) as on_batch:
-            errors = session.measure(loaded, dataset, how, config.seed, on_batch)
+            errors = examination.measure(loaded, dataset, how, config.seed, on_batch)
         directory.add_results([{"network": name, **dataclasses.asdict(how), **errors.as_dict()}])
 
     def _write(self) -> None:

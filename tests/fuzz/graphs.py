@@ -8,7 +8,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from robust_app import models, session
+from robust_app import examination, models
 from robust_app.exchange import outside
 from robust_app.exchange.writing import to_onnx
 from tests.fuzz.formats import Format
@@ -47,7 +47,7 @@ def graph() -> Format:
 
     def read(folder: Path) -> None:
         network = outside.from_file(folder / "net.onnx", DIGITS)
-        session.examine(network, DIGITS.x_test[:1], DIGITS.y_test[:1], EXAMINATION, 0)
+        examination.examine(network, DIGITS.x_test[:1], DIGITS.y_test[:1], EXAMINATION, 0)
 
     return Format(write, read)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from robust_app import data, session
+from robust_app import data, examination
 from robust_app.data import Dataset
 from robust_app.networks import build_network
 from robust_app.training import Trainer
@@ -36,7 +36,7 @@ def go_on(dataset: Dataset) -> None:
     config = full_strength("advibp", batch_size=2, held_out=0, model="digits-cnn")
     Trainer(config, dataset, ALONE)
     built = build_network(config, dataset)
-    session.examine(built.eval(), dataset.x_test[:1], dataset.y_test[:1], EXAMINATION, 0)
+    examination.examine(built.eval(), dataset.x_test[:1], dataset.y_test[:1], EXAMINATION, 0)
 
 
 def npz() -> Format:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_app import models, session
+from robust_app import examination, models, session
+from robust_app.examination import Examination
 from robust_app.exchange import outside
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
-from robust_app.session import Examination
 from robust_app.training import Trainer
 from tests.fuzz.formats import Format, Write
 from tests.fuzz.mutation import (
@@ -130,7 +130,7 @@ def network() -> Format:
 
     def read(folder: Path) -> None:
         loaded, _ = session.load_network(RunDirectory(folder), DIGITS, "last")
-        session.examine(loaded, DIGITS.x_test[:1], DIGITS.y_test[:1], EXAMINATION, 0)
+        examination.examine(loaded, DIGITS.x_test[:1], DIGITS.y_test[:1], EXAMINATION, 0)
 
     return Format(write, read)
 
@@ -144,7 +144,7 @@ def weights() -> Format:
         loaded = copy.deepcopy(made)
         outside.load_weights(loaded, folder / "weights.pth")
         outside.check_classifies(loaded, DIGITS)
-        session.examine(loaded, DIGITS.x_test[:1], DIGITS.y_test[:1], EXAMINATION, 0)
+        examination.examine(loaded, DIGITS.x_test[:1], DIGITS.y_test[:1], EXAMINATION, 0)
 
     return Format(_weights_of(content), read)
 

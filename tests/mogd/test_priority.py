@@ -99,10 +99,14 @@ def test_threshold_refuses_a_measure_that_cannot_be_called(measure):
         Threshold(measure, limit=0.1)
 
 
-@pytest.mark.parametrize("limit", ["a", None, [0.1]])
-def test_threshold_refuses_a_limit_that_is_no_number(limit):
+@pytest.mark.parametrize("limit", ["a", None, [0.1], torch.ones(2)])
+def test_threshold_refuses_a_limit_that_is_no_number_whenever_it_is_set(limit):
     with pytest.raises(TypeError, match="limit must be a number or a 0-dim tensor, got"):
         Threshold(torch.mean, limit=limit)
+    set_later = Threshold(torch.mean, limit=0.1)
+    set_later.limit = limit
+    with pytest.raises(TypeError, match="limit must be a number or a 0-dim tensor, got"):
+        set_later(LOSSES)
 
 
 def test_threshold_refuses_a_measure_that_returns_no_tensor():

@@ -53,7 +53,8 @@ def test_constant_weighs_the_same_whatever_the_moments(weights):
 
 
 @pytest.mark.parametrize(
-    "weights", [(), [math.nan], (1.0, math.inf), 0.5, 0.0, [[1.0, 2.0]], (1, "a"), None, "a"]
+    "weights",
+    [(), [math.nan], (1.0, math.inf), 0.5, 0.0, [[1.0, 2.0]], (1, "a"), None, "a", [1j, 1.0]],
 )
 def test_constant_refuses_what_is_no_list_of_finite_numbers(weights):
     with pytest.raises(ValueError, match="weights must be one finite number for each loss"):

@@ -1,7 +1,9 @@
 """What is refused, and that a refusal changes nothing."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from chosen import (
@@ -153,6 +155,7 @@ def test_losses_of_the_wrong_kind_are_refused_and_change_nothing(losses, error, 
         ({"priority": Fixed}, TypeError, "priority must be an instance, got the class Fixed"),
         ({"weigh_by": torch.nn.Linear(1, 1)}, TypeError, "weigh_by must be .* got Linear"),
         ({"weigh_by": torch.zeros(2)}, TypeError, "weigh_by must be .* got Tensor"),
+        ({"weigh_by": [[parameter(0.0)]]}, ValueError, "weigh_by must hold .* got 1 others"),
     ],
 )
 def test_wrong_options_are_refused_by_name(options, error, message):
@@ -231,3 +234,18 @@ def test_losses_with_a_graph_are_differentiated_under_no_grad_too(kind):
     with torch.no_grad():
         other.backward(kind(losses), scaler=scaler)
     assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("decays", [(1.5, 0.9), (0.9, "a"), 0.9])
+def test_a_state_with_decays_that_are_none_is_refused_and_changes_nothing(decays):
+    _, optimizer = optimizer_after(CONFLICTING)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="moment_decay must be two numbers"):
+        optimizer.load_state_dict(optimizer.state_dict() | {"moment_decay": decays})
+    assert_same_bits(snapshot(optimizer), before)
+
+
+def test_decays_of_another_library_s_numbers_are_saved_as_data(tmp_path):
+    _, optimizer = optimizer_after(CONFLICTING, moment_decay=(np.float32(0.5), Fraction(3, 4)))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["moment_decay"] == [0.5, 0.75]

@@ -148,10 +148,16 @@ def test_a_radius_may_be_a_fraction(robust_app, finished_run):
     assert RunDirectory(finished_run).results()[-1]["epsilon"] == 8 / 255
 
 
-@pytest.mark.parametrize("radius", ["a", "1/0", "8/255/2", "inf", "nan", ""])
+@pytest.mark.parametrize("radius", ["a", "1/0", "8/255/2", "8/", ""])
 def test_a_radius_that_is_no_number_is_refused(robust_app, finished_run, radius):
     outcome = robust_app("evaluate", finished_run, "--images", "3", "--epsilon", radius)
     assert_refused(outcome, "--epsilon", "expected a number, 0.1 or 8/255", repr(radius))
+
+
+@pytest.mark.parametrize("radius", ["inf", "nan", "1e9999999", "9/8"])
+def test_a_radius_out_of_range_is_refused_at_once(robust_app, finished_run, radius):
+    outcome = robust_app("evaluate", finished_run, "--images", "3", "--epsilon", radius)
+    assert_refused(outcome, "epsilon: expected a number in [0, 1]")
 
 
 def test_one_verifier_needs_no_table_of_shares(robust_app, finished_run):
@@ -191,6 +197,10 @@ def test_a_run_that_is_done_is_evaluated_once(robust_app, tmp_path):
     assert status == 0
     assert "done before; its errors are in run/results.json" in out
     assert results.read_bytes() == kept
+    directory = RunDirectory(tmp_path / "run")
+    directory.results_file.write_text(json.dumps(directory.results()[-1:]))  # of one network
+    robust_app("train", "--run-dir", "run", "--resume")
+    assert len(directory.results()) > 1
     results.unlink()  # as where it was killed in its evaluation
     robust_app("evaluate", "run", "--pgd-steps", "1")  # another kind
     robust_app("train", "--run-dir", "run", "--resume")
@@ -350,6 +360,8 @@ def test_printing_an_unknown_recipe_names_the_nearest(robust_app):
         (("--recipe", ""), ("unknown recipe ''",)),
         (("--recipe", "missing.toml"), ("missing.toml", "cannot be read")),
         (("--recipe", "."), ("recipe .", "ends in .toml")),
+        (("--recipe", "x" * 300), ("unknown recipe", "nearest")),
+        (("--recipe", "a/" * 3000), ("unknown recipe", "nearest")),
         (("--execution", "fast"), ("--execution 'fast'", "known are 'eager', 'graph', 'compile'")),
         (("--set", "epsilom=0.1"), ("epsilom", "'epsilon'")),
         (("--set", "epsilon=2"), ("epsilon", "[0, 1]", "2")),

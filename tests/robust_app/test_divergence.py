@@ -255,6 +255,7 @@ def test_the_command_goes_on_by_itself_also_when_resumed(robust_app, tmp_path):
     assert (status, err) == (0, "")
     assert "warning: near chance" in out  # as is to be expected of such a run
     _, out, _ = robust_app("evaluate", "run", "--images", "1")
+    assert RunDirectory(tmp_path / "run").results()[-1]["misclassified"] == 1
     assert "near chance" not in out  # one image tells nothing of it
     started = RunDirectory(tmp_path / "run").environments()
     assert [made["on_divergence"] for made in started] == ["lower-lr", "lower-lr"]

@@ -47,7 +47,7 @@ def test_the_pictures_have_the_name_that_is_asked_for(robust_app, name):
     assert sorted(path.name for path in Path("to").iterdir()) == ["sub.5.png", "sub.5.svg"]
 
 
-@pytest.mark.parametrize("name", ["", ".", "/"])
+@pytest.mark.parametrize("name", ["", ".", "/", ".."])
 def test_pictures_without_a_name_are_refused(robust_app, name):
     outcome = robust_app("plot", "new", "--out", name)
     assert_refused(outcome, "--out", "expected a name of a picture")

@@ -9,12 +9,12 @@ import onnx
 import pytest
 import torch
 
-from robust_app import session
+from robust_app import examination, session
 from robust_app.errors import UserError
 from robust_app.exact import Verdict
+from robust_app.examination import Examination
 from robust_app.exchange.export import decided, export
 from robust_app.run_directory import RunDirectory
-from robust_app.session import Examination
 from tests.robust_app.exchange.models import by_runtime
 
 HOW = Examination(0.006, pgd_steps=5, pgd_restarts=1, verifiers=("ibp", "crown"), time_limit=7.5)
@@ -56,7 +56,7 @@ def test_verdicts_are_those_of_the_evaluation(network, digits):
     counts = dict.fromkeys(Verdict, 0)
     for image, label in zip(digits.x_test[:40], digits.y_test[:40], strict=True):
         counts[decided(network, image, label, how, seed=0)] += 1
-    errors = session.examine(network, digits.x_test[:40], digits.y_test[:40], how, seed=0)
+    errors = examination.examine(network, digits.x_test[:40], digits.y_test[:40], how, seed=0)
     assert counts[Verdict.CERTIFIED] == errors.certified > 0
     assert counts[Verdict.FALSIFIED] == errors.falsified > 0
     assert counts[Verdict.UNDECIDED] == errors.undecided > 0

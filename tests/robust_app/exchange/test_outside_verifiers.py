@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from robust_app.examination import Examination
 from robust_app.exchange.export import export
-from robust_app.session import Examination
 from tests.robust_app.exchange.outside_verifiers import COMMANDS, command, comparisons
 
 VERIFIERS = [

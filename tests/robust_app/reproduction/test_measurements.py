@@ -3,8 +3,9 @@ import json
 
 import pytest
 
+from robust_app.examination import find_result
 from robust_app.reproduction import paper, plan
-from robust_app.reproduction.measurements import epoch_of, find_result, read
+from robust_app.reproduction.measurements import epoch_of, read
 from robust_app.reproduction.plan import Settings
 from robust_app.run_directory import RunDirectory
 

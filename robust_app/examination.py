@@ -1,0 +1,151 @@
+"""How networks are examined on test images, and what is known of them already."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_app import methods
+from robust_app.config import ATTEMPTS, POSITIVE_INTEGER, Config
+from robust_app.data import Dataset
+from robust_app.errors import UserError, shown
+from robust_app.evaluation import Errors, evaluate
+
+
+@dataclass(frozen=True)
+class Examination:
+    """How networks are evaluated on test images.
+
+    Attributes:
+        epsilon: radius in pixels of [0, 1].
+        pgd_steps, pgd_restarts: strength of the attack, from 1 to a million each.
+        verifiers: the cascade; see :func:`~robust_app.evaluation.evaluate`.
+        time_limit: seconds for an image, of the verifiers that could go on for ever; above 0.
+        images: how many test images, drawn at random by the run's seed; None for all.
+
+    Raises:
+        UserError: ``epsilon`` is not in [0, 1], a count is out of its range, or the time limit
+            is not positive and finite.
+    """
+
+    epsilon: float
+    pgd_steps: int
+    pgd_restarts: int
+    verifiers: tuple[str, ...] = ("ibp",)
+    time_limit: float = 60.0
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.epsilon) or not 0 <= self.epsilon <= 1:
+            raise UserError(f"epsilon: expected a number in [0, 1], found {shown(self.epsilon)}")
+        if not _is_number(self.time_limit) or not 0 < self.time_limit < math.inf:
+            found = shown(self.time_limit)
+            raise UserError(f"time limit: expected a positive, finite number, found {found}")
+        counts = {"pgd_steps": ATTEMPTS, "pgd_restarts": ATTEMPTS}
+        if self.images is not None:
+            counts["images"] = POSITIVE_INTEGER
+        for name, rule in counts.items():
+            count = getattr(self, name)
+            if not rule.admits(count):
+                raise UserError(f"{name}: expected {rule.expectation}, found {shown(count)}")
+
+    @classmethod
+    def of(cls, config: Config) -> "Examination":
+        """The one that a run's configuration asks for."""
+        return cls(
+            config.evaluation_epsilon,
+            config.pgd_steps,
+            config.pgd_restarts,
+            methods.verifiers_of(config),
+        )
+
+
+def find_result(
+    results: list[dict[str, Any]], how: Examination, epoch: int
+) -> dict[str, Any] | None:
+    """The evaluation of one epoch's network in one way, the newest if there are several.
+
+    Args:
+        results: entries of ``results.json``.
+        how: what must agree with the entry.
+        epoch: that must end the entry's name of the network, ``"best (epoch 3)"``.
+    """
+    # As JSON has it: lists, not tuples.
+    wanted: dict[str, Any] = json.loads(json.dumps(asdict(how)))
+    matching = (
+        result
+        for result in reversed(results)
+        if str(result.get("network")).endswith(f"(epoch {epoch})")
+        and all(result.get(key) == value for key, value in wanted.items())
+    )
+    return next(matching, None)
+
+
+def measure(
+    network: nn.Module,
+    dataset: Dataset,
+    how: Examination,
+    seed: int,
+    on_batch: Callable[[int], object],
+) -> Errors:
+    """Errors on the test images.
+
+    Args:
+        network: on the device of the data.
+        dataset: its test part is used.
+        how: what to do with them.
+        seed: of the choice of images and of the attack's random starts.
+        on_batch: told how many images were done, after each batch.
+
+    Raises:
+        UserError: if there are fewer test images than asked for.
+    """
+    x, y = dataset.x_test, dataset.y_test
+    if how.images is not None:
+        chosen = drawn(dataset, how.images, seed).to(x.device)
+        x, y = x[chosen], y[chosen]
+    return examine(network, x, y, how, seed, on_batch)
+
+
+def drawn(dataset: Dataset, count: int, seed: int) -> Tensor:
+    """Indices of ``count`` test images, drawn at random by ``seed`` alone: int64 ``(count,)``.
+
+    Raises:
+        UserError: if there are fewer test images.
+    """
+    found = len(dataset.x_test)
+    if count > found:
+        raise UserError(f"images: expected at most the {found} test images, found {count}")
+    return torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def examine(
+    network: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    how: Examination,
+    seed: int,
+    on_batch: Callable[[int], object] = lambda _: None,
+) -> Errors:
+    """:func:`~robust_app.evaluation.evaluate` as an :class:`Examination` says."""
+    return evaluate(
+        network,
+        x,
+        labels,
+        how.epsilon,
+        pgd_steps=how.pgd_steps,
+        pgd_restarts=how.pgd_restarts,
+        seed=seed,
+        verifiers=how.verifiers,
+        time_limit=how.time_limit,
+        on_batch=on_batch,
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is one, as what was read from a file may not be."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
