@@ -77,12 +77,13 @@ STUDIES = {
             name="ablations",
             recipe="mnist-dm-small-short",
             epochs=20,
-            # The recipe's in a third of its epochs, but for a ramp that is no shorter; and for the
-            # learning rates by fan-in, which it did not have when this was carried out.
+            # The recipe's in a third of its epochs, but for a ramp that is no shorter; as it was when
+            # this was carried out, with one learning rate for all layers and this preference.
             settings=(
                 "natural_epochs=0.3",
                 "ramp_epochs=5.7",
                 "reference_fan_in=0",
+                "preference=[1, 10]",
                 "pgd_steps=20",
             ),
             shared_epochs=14,

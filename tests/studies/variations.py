@@ -123,7 +123,7 @@ def shared_priorities(*shares: float) -> list[Variation]:
 def ablations() -> list[Variation]:
     """Whole runs: two fronts, and what differs in one thing from the first."""
     fronts = [
-        *bisectors((1, 10), (1, 3), (1, 1)),
+        *bisectors((1, 10), (1, 3), (1, 1), (4, 1)),
         *weighted_sums((1, 4), (1, 1), (2, 1), (4, 1), (8, 1)),
     ]
     exact = BisectorProjection(preference=(1.0, 10.0), length="norm_of_mean")
