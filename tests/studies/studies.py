@@ -77,8 +77,8 @@ STUDIES = {
             name="ablations",
             recipe="mnist-dm-small-short",
             epochs=20,
-            # The recipe's in a third of its epochs, but for a ramp that is no shorter; as it was when
-            # this was carried out, with one learning rate for all layers and this preference.
+            # The recipe's in a third of its epochs, but for a ramp that is no shorter; as it was
+            # when this was carried out, with one learning rate for all layers and this preference.
             settings=(
                 "natural_epochs=0.3",
                 "ramp_epochs=5.7",
