@@ -1,6 +1,6 @@
 """What an optimizer may be given, checked where it is given and not where it is first used."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -57,22 +57,3 @@ def _check_callable(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an instance, got the class {value.__name__}: call it")
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {value!r}")
-
-
-def some_of(
-    parameters: Iterable[Tensor], weigh_by: Iterable[Tensor] | None
-) -> frozenset[Tensor] | None:
-    """What to weigh by, or a TypeError or ValueError."""
-    if weigh_by is None:
-        return None
-    if isinstance(weigh_by, Tensor) or not isinstance(weigh_by, Iterable):
-        raise TypeError(
-            "weigh_by must be an iterable of parameters (layer.parameters()), "
-            f"got {type(weigh_by).__name__}"
-        )
-    chosen, known = list(weigh_by), set(parameters)
-    foreign = [one for one in chosen if not isinstance(one, Tensor) or one not in known]
-    if foreign or not chosen:
-        found = f"{len(foreign)} others" if foreign else "none"
-        raise ValueError(f"weigh_by must hold parameters of the optimizer, got {found}")
-    return frozenset(chosen)

@@ -1,6 +1,6 @@
 """A torch optimizer for several losses, whose weights depend on past gradients alone."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -11,17 +11,17 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from mogd import parallel
-from mogd.arguments import as_priority, as_rule, decays, make_base, some_of
+from mogd.arguments import as_priority, as_rule, decays, make_base
 from mogd.bisector_projection import BisectorProjection
 from mogd.closure import check_gradient, needs_closure, reevaluation
 from mogd.gradients import LossGradients, combine, known_number
 from mogd.moments import Moments, norm
 from mogd.nonfinite import Guard, largest_number
-from mogd.packs import Gradients
 from mogd.priority import Fixed, Priority, ask
 from mogd.record import Record
 from mogd.rules import Rule, Weighting, slopes
 from mogd.shards import local
+from mogd.weigh_by import restricted, some_of
 from mogd.wrapper import Wrapper
 
 
@@ -318,7 +318,10 @@ class UnbiasedMultiGradient(Wrapper):
         self.last = Record(losses, *weighting, gramian, norm_moments, prioritized, finite)
         mask = keep if isinstance(keep, Tensor) else None
         if keep is not False:
-            weighed, weighed_norms = self._weighed(collected.gradients, norms, unscale)
+            weighed, weighed_norms = collected.gradients, norms
+            if self._weigh_by is not None:
+                weighed, weighed_norms = restricted(weighed, self._weigh_by, device)
+                weighed_norms = weighed_norms if unscale is None else weighed_norms * unscale
             moments.update(weighed, weighed_norms, scale=unscale, keep=mask)
             self._moments = moments
         if keep is not False or scaler is not None:
@@ -331,13 +334,3 @@ class UnbiasedMultiGradient(Wrapper):
         if scaler is None:
             self._keep = keep
         return self.last
-
-    def _weighed(
-        self, gradients: Sequence[Gradients], norms: Tensor, unscale: Tensor | None
-    ) -> tuple[Sequence[Gradients], Tensor]:
-        """What the moments see: the gradients of :attr:`weigh_by` and their norms."""
-        if self._weigh_by is None:
-            return gradients, norms
-        kept = [{p: g for p, g in of.items() if p in self._weigh_by} for of in gradients]
-        norms = torch.stack([norm(of, norms.device) for of in kept])
-        return kept, norms if unscale is None else norms * unscale
