@@ -31,6 +31,6 @@ def some_of(
 def restricted(
     gradients: Sequence[Gradients], chosen: frozenset[Tensor], device: torch.device
 ) -> tuple[list[Gradients], Tensor]:
-    """What the gradients of K losses have of some parameters, and its norms there: ``(K,)``."""
+    """The parts of K gradients that are of some parameters, and their 2-norms, shape ``(K,)``."""
     kept = [{p: g for p, g in of.items() if p in chosen} for of in gradients]
     return kept, torch.stack([norm(of, device) for of in kept])
