@@ -7,7 +7,7 @@ weights do, so it may read the ``.grad`` of inputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Protocol
 
 import torch
@@ -100,7 +100,7 @@ def ask(priority: Priority, losses: Tensor) -> Tensor:
             wait for the device.
     """
     answer = priority(losses)
-    if isinstance(answer, bool) or not isinstance(answer, int | Tensor):
+    if isinstance(answer, bool) or not isinstance(answer, Integral | Tensor):
         raise TypeError(f"priority must return an int or a 0-dim integer tensor, got {answer!r}")
     if isinstance(answer, Tensor):
         fractional = answer.is_floating_point() or answer.is_complex()

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,7 +54,11 @@ def test_the_limit_may_be_moved():
 
 @pytest.mark.parametrize(
     "answer",
-    [1, *(torch.tensor(1, dtype=getattr(torch, f"int{bits}")) for bits in (8, 16, 32, 64))],
+    [
+        1,
+        np.int64(1),  # of numpy's argmax
+        *(torch.tensor(1, dtype=getattr(torch, f"int{bits}")) for bits in (8, 16, 32, 64)),
+    ],
 )
 def test_an_answer_may_be_an_int_or_any_0_dim_integer_tensor(answer):
     asked = ask(lambda _: answer, LOSSES)
