@@ -7,6 +7,7 @@ is measured anew replaces its own rows only.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -89,7 +90,7 @@ def describe(arguments: Sequence[str], device: torch.device) -> dict[str, Any]:
         "torchjd": version("torchjd"),
         "commit": found["commit"],
         "seed": found["seed"],
-        "command": " ".join(["python -m tests.benchmarks", *arguments]),
+        "command": shlex.join(["python", "-m", "tests.benchmarks", *arguments]),
     }
 
 
