@@ -306,6 +306,7 @@ def test_the_short_schedule_ends_with_both_losses_after_the_learning_rate_has_fa
         assert joint.epsilon == config.epsilon
         assert 0.2 < joint.fosc_threshold < 0.4
         assert setting(config, 59.3).fosc_threshold == pytest.approx(0, abs=1e-12)
+        assert config.epochs == 75  # in 30 of them both losses
         assert config.preference == (1, 1)  # the paper's bisector
     assert recipes.load(f"mnist-{model}-ibp-short").certified_epochs == 0
 
@@ -317,7 +318,7 @@ def test_learning_rates_by_fan_in_are_those_of_two_networks():
         assert config.reference_fan_in == (256 if tuned else 0), name
 
 
-def test_the_short_schedule_of_other_networks_is_longer():
+def test_the_short_schedule_of_other_networks_is_that_of_shi_et_al():
     assert recipes.load("mnist-dm-medium-short").epochs == 70  # DM-Small's and DM-Large's differ
 
 

@@ -77,11 +77,14 @@ STUDIES = {
             name="ablations",
             recipe="mnist-dm-small-short",
             epochs=20,
-            # The recipe's in a third of its epochs, but for a ramp that is no shorter; as it was
+            # The recipe's in a third of its 60 epochs, but for a ramp that is no shorter; as it was
             # when this was carried out, with one learning rate for all layers and this preference.
             settings=(
                 "natural_epochs=0.3",
                 "ramp_epochs=5.7",
+                "certified_epochs=15",
+                "milestones=[13.333333333333334, 17.333333333333332, 19]",
+                "fosc_decay_epochs=17.666666666666668",
                 "reference_fan_in=0",
                 "preference=[1, 10]",
                 "pgd_steps=20",
