@@ -38,7 +38,7 @@ class Fixed:
     index: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
+        if isinstance(self.index, bool) or not isinstance(self.index, Integral) or self.index < 0:
             raise ValueError(f"index must be an integer of at least 0, got {self.index!r}")
 
     def __call__(self, losses: Tensor) -> int:

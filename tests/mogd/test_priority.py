@@ -10,7 +10,7 @@ from mogd.priority import ask
 LOSSES = torch.tensor([3.0, 4.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("index", [0, 1, 7])
+@pytest.mark.parametrize("index", [0, 1, 7, np.int64(1)])
 def test_fixed_favours_the_same_loss_whatever_the_losses(index):
     assert Fixed(index)(LOSSES) == Fixed(index)(LOSSES.flip(0)) == index
 

@@ -306,7 +306,7 @@ def test_the_short_schedule_ends_with_both_losses_after_the_learning_rate_has_fa
         assert joint.epsilon == config.epsilon
         assert 0.2 < joint.fosc_threshold < 0.4
         assert setting(config, 59.3).fosc_threshold == pytest.approx(0, abs=1e-12)
-        assert config.epochs == 75  # in 30 of them both losses
+        assert (config.epochs, config.milestones) == (75, (40, 59, 69))  # in 30 both losses
         assert config.preference == (1, 1)  # the paper's bisector
     assert recipes.load(f"mnist-{model}-ibp-short").certified_epochs == 0
 
