@@ -10,9 +10,10 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from mogd import parallel
 from mogd.parallel import world_size
 from robust_app.precision import at_least_float32
 
@@ -180,26 +181,35 @@ def estimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
         raise ValueError("batches: expected at least one image, got none")
 
 
-class _MeanOverProcesses(torch.autograd.Function):
+class _OfAllProcesses(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, value: Tensor) -> Tensor:
-        return parallel.average(value)
+        values = [torch.empty_like(value) for _ in range(world_size())]
+        torch.distributed.all_gather(values, value.contiguous())
+        return torch.stack(values)
 
     @staticmethod
+    @once_differentiable
     def backward(_: Any, gradient: Tensor) -> Tensor:
-        return parallel.average(gradient)
+        total = gradient.clone()
+        torch.distributed.all_reduce(total)
+        return total[torch.distributed.get_rank()]
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean over all processes, of one shape in each; itself where there is one.
+def of_all_processes(value: Tensor) -> Tensor:
+    """The values of all processes, ``(processes, *value.shape)``, the same bits in each.
 
-    Differentiable: the gradient of a value is the mean of all processes' gradients, so that what
-    ``DistributedDataParallel`` averages is the gradient of the processes' mean loss.
+    Processes wait for each other in this: what a step has to say at one moment goes in one call.
+    Differentiable: the gradient of a value is the sum of what all processes' losses have for it,
+    so that what ``DistributedDataParallel`` averages is the gradient of their mean loss.
+
+    Args:
+        value: of one shape in all processes.
     """
     if world_size() == 1:
-        return value
-    mean: Tensor = _MeanOverProcesses.apply(value)
-    return mean
+        return value.unsqueeze(0)
+    values: Tensor = _OfAllProcesses.apply(value)
+    return values
 
 
 def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,9 +221,10 @@ def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
     if world_size() == 1:
         return mean, variance
-    whole = mean_over_processes(mean)
+    means, variances = of_all_processes(torch.stack([mean, variance])).unbind(1)
+    whole = means.mean(0)
     # Not the mean of squares less the square of the mean, whose digits cancel.
-    return whole, mean_over_processes(variance + (mean - whole).square())
+    return whole, (variances + (means - whole).square()).mean(0)
 
 
 def batch_norms(network: nn.Module) -> list[BatchNorm]:

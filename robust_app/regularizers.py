@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from robust_app.batch_norm import mean_over_processes
+from robust_app.batch_norm import of_all_processes
 from robust_app.interval import Interval
 from robust_app.layers import Normalize
 from robust_app.precision import at_least_float32, without_autocast
@@ -55,10 +55,9 @@ def tightness(inputs: LayerInputs) -> Tensor:
     pairs = list(inputs)
     boxes = _before_relus(pairs)
     network_input = next(box for layer, box in pairs if not isinstance(layer, Normalize))
-    first, *radii = mean_over_processes(
-        torch.stack([at_least_float32(box.radius).mean() for box in (network_input, *boxes)])
-    )
-    radius = torch.stack(radii)
+    means = [at_least_float32(box.radius).mean() for box in (network_input, *boxes)]
+    radii = of_all_processes(torch.stack(means)).mean(0)
+    first, radius = radii[0], radii[1:]
     ratio = first / radius.clamp(min=_NOTHING)
     return _shortfall(torch.where(radius > _NOTHING, ratio, 1)).mean()
 
@@ -85,7 +84,20 @@ def relu_balance(inputs: LayerInputs) -> Tensor:
     >>> relu_balance([(nn.ReLU(), box)])  # centres 2 to 8, squared deviations 16 to 16
     tensor(0.5000)
     """
-    return torch.stack([_imbalance(box) for box in _before_relus(inputs)]).mean()
+    boxes = _before_relus(inputs)
+    tensors = [part.flatten() for box in boxes for part in (box.center, box.radius)]
+    with without_autocast(*tensors) as parts:
+        centers, radii = parts[::2], parts[1::2]
+        ofs = [torch.stack([center.mean(), center.abs().mean()]) for center in centers]
+        means, sizes = of_all_processes(torch.stack(ofs)).mean(0).unbind(1)
+        # No ratio depends on the centres' common scale: a constant to the gradient.
+        sizes = sizes.detach().clamp(min=_NOTHING)
+        sums = list(map(_sums, centers, radii, means, sizes))
+        of_active, of_inactive = of_all_processes(torch.stack(sums)).mean(0).unbind(1)
+    smaller = torch.minimum(of_active, of_inactive)
+    larger = torch.maximum(of_active, of_inactive)
+    ratio = smaller / larger.clamp(min=_NOTHING)
+    return _shortfall(torch.where(larger > _NOTHING, ratio, 1)).sum(1).mean()
 
 
 def _before_relus(inputs: LayerInputs) -> list[Interval]:
@@ -95,21 +107,17 @@ def _before_relus(inputs: LayerInputs) -> list[Interval]:
     return boxes
 
 
-def _imbalance(box: Interval) -> Tensor:
-    with without_autocast(box.center.flatten(), box.radius.flatten()) as (center, radius):
-        mean, size = mean_over_processes(torch.stack([center.mean(), center.abs().mean()]))
-        # No ratio depends on the centres' common scale: a constant to the gradient.
-        size = size.detach().clamp(min=_NOTHING)
-        # Masks as numbers: products are faster than selections.
-        active, inactive = ((sign * center > radius).to(center) for sign in (1, -1))
-        center, mean = center / size, mean / size
-        deviation = (center - mean).square()
-        sums = [active @ center, active @ deviation, -(inactive @ center), inactive @ deviation]
-        of_active, of_inactive = mean_over_processes(torch.stack(sums) / len(center)).view(2, 2)
-    smaller = torch.minimum(of_active, of_inactive)
-    larger = torch.maximum(of_active, of_inactive)
-    ratio = smaller / larger.clamp(min=_NOTHING)
-    return _shortfall(torch.where(larger > _NOTHING, ratio, 1)).sum()
+def _sums(center: Tensor, radius: Tensor, mean: Tensor, size: Tensor) -> Tensor:
+    """Sums of |centre| and of (centre - mean)², of active and of inactive neurons: ``(2, 2)``.
+
+    Both in units of ``size`` and of the number of neurons; ``center`` and ``radius`` are flat.
+    """
+    # Masks as numbers: products are faster than selections.
+    active, inactive = ((sign * center > radius).to(center) for sign in (1, -1))
+    center, mean = center / size, mean / size
+    deviation = (center - mean).square()
+    sums = [active @ center, active @ deviation, -(inactive @ center), inactive @ deviation]
+    return (torch.stack(sums) / len(center)).view(2, 2)
 
 
 def _shortfall(ratio: Tensor) -> Tensor:

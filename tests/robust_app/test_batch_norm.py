@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from robust_app.batch_norm import (
     BatchNorm,
     clean_statistics,
     estimate,
-    mean_over_processes,
+    of_all_processes,
 )
 from robust_app.bounds import propagate
 from robust_app.interval import Interval
@@ -317,6 +318,7 @@ def regularization_of_a_share(rank, world):
     inputs = [
         (nn.Flatten(), Interval(center, radius / 4)),
         (nn.ReLU(), Interval(center, radius)),
+        (nn.ReLU(), Interval(-center[:, :2] / 2, radius[:, :2])),  # another size and scale
     ]
     value = regularization(inputs)
     value.backward()
@@ -332,8 +334,18 @@ def process(rank, folder):
         world_size=2,
         timeout=timedelta(minutes=2),
     )
-    mean = mean_over_processes(torch.tensor([1.0, 2.0]) * (rank + 1))
-    found = (gradients_and_statistics(rank, 2), regularization_of_a_share(rank, 2), mean)
+    value = torch.tensor([1.0, 2.0], requires_grad=True)
+    values = of_all_processes(value * (rank + 1))
+    (values * torch.tensor([[1.0], [10.0]]) * 100**rank).sum().backward()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        of_share = regularization_of_a_share(rank, 2)
+    waits = [event.name for event in profiled.events() if event.name.startswith("gloo:")]
+    found = (
+        gradients_and_statistics(rank, 2),
+        of_share,
+        (values.detach(), value.grad),
+        sorted(waits),
+    )
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -358,13 +370,20 @@ def test_processes_together_have_the_gradients_and_statistics_of_one(processes):
 
 def test_the_regularizers_are_those_of_the_whole_batch(processes):
     value, gradient = regularization_of_a_share(0, 1)
-    for rank, (_, (found, gradient_of_share), _) in enumerate(processes):
+    for rank, (_, (found, gradient_of_share), *_) in enumerate(processes):
         torch.testing.assert_close(found, value)
         torch.testing.assert_close(gradient_of_share, gradient[rank::2])
 
 
-def test_mean_over_processes(processes):
-    for *_, mean in processes:
-        assert mean.tolist() == [1.5, 3.0]
-    value = torch.ones(1)
-    assert mean_over_processes(value) is value
+def test_the_regularizers_wait_as_often_for_two_layers_as_for_one(processes):
+    """For radii, means of centres, and sums; backward for the last two: radii are given."""
+    for *_, waits in processes:
+        assert waits == ["gloo:all_gather"] * 3 + ["gloo:all_reduce"] * 2
+
+
+def test_the_values_of_all_processes(processes):
+    for rank, (_, _, (values, gradient), _) in enumerate(processes):
+        assert values.tolist() == [[1, 2], [2, 4]]
+        # Both processes' losses, 1 + 100 times, through the row that is this process's own.
+        assert gradient.tolist() == [[101, 101], [2020, 2020]][rank]
+    assert of_all_processes(torch.ones(1)).tolist() == [[1]]
