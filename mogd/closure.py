@@ -43,12 +43,18 @@ def reevaluation(
             evaluated = True
             return float(value(record.losses))
         optimizer.zero_grad()
-        losses = []
+        losses: list[Tensor] = []
         with torch.enable_grad():
             for index, (loss, retain_graph) in enumerate(each(closure())):
+                if index == len(record.weights):
+                    raise ValueError(f"closure must return {index} losses as before, got more")
                 losses.append(average(loss.detach().to(record.weights)))
                 slope = slopes(Weighting(record.weights, record.regularization), losses[-1])[index]
                 torch.autograd.backward(loss, slope.to(loss), retain_graph=retain_graph)
+        if len(losses) < len(record.weights):
+            raise ValueError(
+                f"closure must return {len(record.weights)} losses as before, got {len(losses)}"
+            )
         return float(value(torch.stack(losses)))
 
     return objective

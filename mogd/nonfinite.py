@@ -1,5 +1,6 @@
 """What happens to a step whose numbers are not finite."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -31,7 +32,8 @@ class Guard:
             losses: shape ``(K,)``.
             norms: of their gradients, shape ``(K,)``.
             slopes: what the gradients will be multiplied by, shape ``(K,)``.
-            largest: number that the parameters' dtype can hold; Σₖ |slopeₖ| ‖gₖ‖ must stay below.
+            largest: number that gradients and moments can hold; Σₖ |slopeₖ| ‖gₖ‖ must stay below,
+                and ‖gₖ‖ below half of it, for what a moment moves by is a difference of two.
             scaled: whether a GradScaler expects overflows, and deals with them.
 
         Returns:
@@ -42,7 +44,7 @@ class Guard:
         Raises:
             FloatingPointError: if they are not, under ``"raise"`` and without a scaler.
         """
-        each = losses.isfinite() & norms.isfinite()
+        each = losses.isfinite() & (norms < largest / 2)
         finite = each & (~each.all() | (slopes.abs() @ norms < largest))
         keep = finite.all()
         if self.skipped.device != keep.device:
@@ -58,9 +60,14 @@ class Guard:
         return finite, False
 
 
-def largest_number(dtype: torch.dtype) -> float:
-    """The largest number a gradient may hold, float32's for halves: these have scalers."""
-    return torch.finfo(torch.promote_types(dtype, torch.float32)).max
+def largest_number(parameters: Iterable[Tensor]) -> float:
+    """The largest number that all gradients and moments can hold, but float32's for halves.
+
+    Moments are float32 at least. A float16 gradient may overflow below this: a norm over many
+    parameters can be beyond 65504 where no entry is.
+    """
+    dtypes = {parameter.dtype for parameter in parameters}
+    return min(torch.finfo(torch.promote_types(dtype, torch.float32)).max for dtype in dtypes)
 
 
 def _describe(sound: Tensor, slopes: Tensor) -> str:

@@ -19,9 +19,9 @@ from mogd.moments import Moments, norm
 from mogd.nonfinite import Guard, largest_number
 from mogd.priority import Fixed, Priority, ask
 from mogd.record import Record
-from mogd.rules import Rule, Weighting, slopes
+from mogd.rules import Rule, checked, slopes
 from mogd.shards import local
-from mogd.weigh_by import restricted, some_of
+from mogd.weigh_by import check_reached, restricted, some_of
 from mogd.wrapper import Wrapper
 
 
@@ -88,7 +88,7 @@ class UnbiasedMultiGradient(Wrapper):
     ) -> None:
         self.rule, self.priority = rule, priority
         super().__init__(make_base(params, base, base_options))
-        self.moment_decay = decays(moment_decay)
+        self._moment_decay = decays(moment_decay)
         self.distributed = True
         self.last = None
         self._moments: Moments | None = None
@@ -115,6 +115,11 @@ class UnbiasedMultiGradient(Wrapper):
     @priority.setter
     def priority(self, priority: Priority) -> None:
         self._priority = as_priority(priority)
+
+    @property
+    def moment_decay(self) -> tuple[float, float]:
+        """β₁ of the gradients and β₂ of their norms."""
+        return self._moment_decay
 
     @property
     def nonfinite(self) -> str:
@@ -167,6 +172,7 @@ class UnbiasedMultiGradient(Wrapper):
             if shared and number is not None:
                 parallel.agree_on_number(number)  # else backward passes would wait for each other
             collected.add(losses, self._parameters(), scaler)
+            check_reached(collected.gradients, self._weigh_by)
             if self._moments is not None and self._moments.losses != len(collected.losses):
                 raise ValueError(
                     f"losses must be {self._moments.losses} as before, got {len(collected.losses)}"
@@ -232,6 +238,13 @@ class UnbiasedMultiGradient(Wrapper):
                 if losses is None:
                     self._pending = self._pending or before
                 else:  # the closure may have gathered micro-batches, which zero_grad would drop
+                    if self._pending is not None and needs_closure(type(self.base).step):
+                        self.zero_grad()
+                        raise TypeError(
+                            f"{type(self.base).__name__} evaluates the losses several times a "
+                            "step: its closure must return those of the whole batch, and gather "
+                            "no micro-batches"
+                        )
                     self._keep = True
                     super().zero_grad()
                     record = self.backward(losses)
@@ -281,7 +294,7 @@ class UnbiasedMultiGradient(Wrapper):
         guard = Guard(self._guard.policy)
         guard.skipped = torch.tensor(state_dict["skipped"])
         return {
-            "moment_decay": betas,
+            "_moment_decay": betas,
             "_moments": moments,
             "_guard": guard,
             "_pending": None,
@@ -289,7 +302,7 @@ class UnbiasedMultiGradient(Wrapper):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "moment_decay", "distributed", "last", "_rule", "_priority", "_moments")
+        names = ("base", "_moment_decay", "distributed", "last", "_rule", "_priority", "_moments")
         others = ("_guard", "_pending", "_accumulating", "_keep", "_weigh_by")
         return {name: vars(self)[name] for name in names + others}
 
@@ -311,9 +324,9 @@ class UnbiasedMultiGradient(Wrapper):
         gramian, norm_moments = moments.gramian(), moments.norms()
         prioritized = ask(self.priority, losses)
         chosen = self.rule(gramian, norm_moments, prioritized)
-        weighting = Weighting(*(part.detach() for part in chosen))
+        weighting = checked(chosen, len(losses), self.rule)
         total = slopes(weighting, losses)
-        largest = largest_number(self._parameters()[0].dtype)
+        largest = largest_number(self._parameters())
         finite, keep = self._guard.admit(losses, norms, total, largest, scaler is not None)
         self.last = Record(losses, *weighting, gramian, norm_moments, prioritized, finite)
         mask = keep if isinstance(keep, Tensor) else None

@@ -53,8 +53,8 @@ def agree_on_number(losses: int) -> None:
     """
     if world_size() == 1 or "cpu:" not in torch.distributed.get_backend_config():
         return
-    numbers = [torch.empty((), dtype=torch.int64) for _ in range(world_size())]
-    torch.distributed.all_gather(numbers, torch.tensor(losses))
+    numbers = [torch.empty((), dtype=torch.int64, device="cpu") for _ in range(world_size())]
+    torch.distributed.all_gather(numbers, torch.tensor(losses, device="cpu"))
     found = [int(number) for number in numbers]
     if len(set(found)) > 1:
         raise ValueError(f"losses must be as many in each process, got {found} by rank")

@@ -7,7 +7,7 @@ paper's own is in :mod:`mogd.bisector_projection`.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,11 +67,12 @@ def against(gramian: Tensor, prioritized: Tensor) -> Tensor:
 
 
 def conflicting(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
-    """Whether any loss conflicts with the favoured one (:func:`against`), once there is a gradient.
+    """Whether any loss conflicts with the favoured one (:func:`against`), once it had a gradient.
 
     Args:
         gramian: inner products of the moments, shape ``(K, K)``.
-        norms: moments of the norms, shape ``(K,)``; all 0 before any gradient.
+        norms: moments of the norms, shape ``(K,)``; 0 before a loss's first gradient. Such a loss
+            conflicts with none: the paper divides by this number.
         prioritized: index of the favoured loss, 0-dim integer tensor; of two losses it does not
             count.
 
@@ -82,7 +83,9 @@ def conflicting(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
     >>> conflicting(moments @ moments.T, torch.ones(2), prioritized=torch.tensor(0))
     tensor(True)
     """
-    return against(gramian, prioritized).any() & seen_any(norms)
+    # Of more than two, one without a gradient is against none anyway.
+    seen = norms.all() if len(norms) == 2 else seen_any(norms)
+    return against(gramian, prioritized).any() & seen
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,29 @@ class GramianRule(Rule):
             )
         weights = torch.where(seen, weights.to(norms), 1.0 / norms.numel())
         return Weighting(weights, torch.zeros_like(weights))
+
+
+def checked(weighting: Weighting, losses: int, rule: Rule) -> Weighting:
+    """What a rule answered, without its graph, after checking that it is for K losses.
+
+    Raises:
+        TypeError: if it is not two tensors.
+        ValueError: if one is not of shape ``(K,)``.
+    """
+    found: Any = weighting
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise TypeError(f"rule must return a Weighting, got {type(found).__name__} from {rule!r}")
+    for name, part in zip(Weighting._fields, found, strict=True):
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                f"rule must return {name} as a tensor, got {type(part).__name__} from {rule!r}"
+            )
+        if part.shape != (losses,):
+            raise ValueError(
+                f"rule must return {name} of shape ({losses},), got {tuple(part.shape)} "
+                f"from {rule!r}"
+            )
+    return Weighting(*(part.detach() for part in found))
 
 
 def slopes(weighting: Weighting, losses: Tensor) -> Tensor:

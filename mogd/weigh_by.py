@@ -28,6 +28,17 @@ def some_of(
     return frozenset(chosen)
 
 
+def check_reached(gradients: Sequence[Gradients], chosen: frozenset[Tensor] | None) -> None:
+    """Check that each of K losses has a gradient to be weighed by; None is for all parameters.
+
+    Raises:
+        ValueError: if one has none: the rule would take its gradient for 0, at every step.
+    """
+    for index, of_loss in enumerate(gradients):
+        if chosen is not None and chosen.isdisjoint(of_loss):
+            raise ValueError(f"losses[{index}] reaches none of the parameters in weigh_by")
+
+
 def restricted(
     gradients: Sequence[Gradients], chosen: frozenset[Tensor], device: torch.device
 ) -> tuple[list[Gradients], Tensor]:

@@ -1,5 +1,6 @@
 """An optimizer around another: what is asked of any optimizer, by way of the base."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -19,13 +20,39 @@ class Wrapper(Optimizer):
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base
-        super().__init__(base.param_groups, base.defaults)
-        self._share_with_base()
+        super().__setstate__({})  # hooks of its own; __init__ would make groups and state, too
+
+    # Schedulers, clipping and scalers must see the groups and state the base works with.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base's."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its past gradients count as zero."""
-        if not any(group is param_group for group in self.base.param_groups):
-            self.base.add_param_group(param_group)
+        self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state and what this optimizer adds to it; no code, only data."""
@@ -58,7 +85,6 @@ class Wrapper(Optimizer):
             )
         attributes = self._from_added_state(state_dict)
         self.base.load_state_dict(state_dict)
-        self._share_with_base()
         vars(self).update(attributes)
         for conclude in self._optimizer_load_state_dict_post_hooks.values():
             conclude(self)
@@ -73,14 +99,7 @@ class Wrapper(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._share_with_base()
         super().__setstate__({})
-
-    def _share_with_base(self) -> None:
-        """Schedulers, clipping and scalers must see the groups and state the base works with."""
-        self.defaults = self.base.defaults
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
 
     def _itself(self) -> Self:
         """The optimizer that holds the state.

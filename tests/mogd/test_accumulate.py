@@ -253,3 +253,14 @@ def test_an_error_inside_drops_what_was_added_up():
         runs_out_of_memory()
     record = optimizer.backward([linear(p, (1, 0)), linear(p, (0, 2))])
     assert_close(p.grad, record.weights * doubles(1, 2))
+
+
+@pytest.mark.parametrize("scaled", [(True, False), (False, True)])
+def test_a_scaler_in_some_micro_batches_alone_is_refused(scaled):
+    p, optimizer = optimizer_after()
+    scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=1024.0)
+    first, second = (scaler if given else None for given in scaled)
+    with optimizer.accumulate():
+        optimizer.backward([linear(p, gradient) for gradient in AGREEING], scaler=first)
+    with pytest.raises(ValueError, match="scaler must be that of the micro-batch before"):
+        optimizer.backward([linear(p, gradient) for gradient in AGREEING], scaler=second)

@@ -225,3 +225,32 @@ def test_sparse_adam_has_no_use_here():
     optimizer.backward([embedding.weight.sum(), embedding.weight.square().sum()])
     with pytest.raises(RuntimeError, match="dense gradients"):
         optimizer.step()
+
+
+def test_lbfgs_is_refused_micro_batches_within_its_closure():
+    model = network()
+    optimizer = UnbiasedMultiGradient(model.parameters(), torch.optim.LBFGS)
+
+    def closure():
+        with optimizer.accumulate():
+            optimizer.backward(objectives(model, 0))
+        return objectives(model, 1)
+
+    with pytest.raises(TypeError, match=r"LBFGS evaluates .* must return those of the whole batch"):
+        optimizer.step(closure)
+    assert optimizer.last is None
+    optimizer.step(lambda: objectives(model, 0))  # nothing is left of them
+
+
+@pytest.mark.parametrize(("later", "got"), [(1, "1"), (3, "more")])
+def test_lbfgs_is_refused_another_number_of_losses_at_a_later_evaluation(later, got):
+    model = network()
+    optimizer = UnbiasedMultiGradient(model.parameters(), torch.optim.LBFGS, lr=0.1)
+    numbers = iter([2, later])
+
+    def closure():
+        losses = list(objectives(model, 0)) * 2
+        return losses[: next(numbers)]
+
+    with pytest.raises(ValueError, match=f"closure must return 2 losses as before, got {got}"):
+        optimizer.step(closure)

@@ -145,10 +145,11 @@ def test_opposite_moments_give_no_step(favoured):
 
 
 @pytest.mark.parametrize("favoured", [0, 1])
-def test_a_zero_moment_takes_no_part(favoured):
+def test_a_zero_moment_takes_no_part_and_stops_nobody(favoured):
     m = doubles([0, 0], [3, 4])
-    weights = weigh(m, favoured).weights
-    assert_close(weights, doubles(1 - favoured, favoured))
+    weighting = weigh(m, favoured)
+    assert_close(weighting.weights, doubles(0, 1 / 2))  # half, as of the mean of two projections
+    assert not weighting.regularization.any()
 
 
 def test_nothing_seen_weighs_evenly_without_regularisation():

@@ -177,3 +177,24 @@ def test_weights_that_leave_the_range_of_floats_reach_nothing(weights, nonfinite
     assert torch.equal(after["gramian"], state["gramian"])
     assert torch.equal(after["exp_avg"][0], state["exp_avg"][0])
     assert int(after["count"]) == 1
+
+
+def test_moments_that_swing_from_end_to_end_of_float32_stay_finite():
+    """What a moment moves by is a difference, which must be a number, too."""
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = UnbiasedMultiGradient([p], lr=0.0, moment_decay=(0.0, 0.5), nonfinite="skip")
+    optimizer.rule = Constant((0.5, 0.5))
+    for entry in (2e38, -2e38, 1.0, 1.5e38, -1.5e38):
+        optimizer.step(lambda entry=entry: [entry * p.sum(), p.sum()])
+    assert optimizer.skipped == 2
+    assert all(m.isfinite().all() for m in optimizer.state_dict()["moments"]["exp_avg"].values())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_range_is_that_of_the_narrowest_parameter(order):
+    wide, narrow = torch.nn.Parameter(torch.zeros(1).double()), torch.nn.Parameter(torch.zeros(1))
+    parameters = [(wide, narrow)[position] for position in order]
+    optimizer = UnbiasedMultiGradient(parameters, lr=0.1, rule=Constant((1e30, 1.0)))
+    with pytest.raises(FloatingPointError, match="the sum of the gradients, weighed"):
+        optimizer.step(lambda: [1e10 * narrow.sum() + wide.sum(), wide.sum()])
+    assert narrow.item() == wide.item() == 0

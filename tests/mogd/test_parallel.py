@@ -275,6 +275,13 @@ def another_number(rank: int, world: int, *, sequence: bool, steps: int) -> dict
     return found
 
 
+def default_device(rank: int, world: int) -> bool:
+    """The number of losses goes by the CPU, wherever tensors are made by default."""
+    with torch.device("meta"):
+        parallel.agree_on_number(2)
+    return True
+
+
 def average(rank: int, world: int) -> tuple[int, Tensor, bool]:
     value = torch.tensor([0.1, 3.0]) * (rank + 1)
     given = value.clone()
@@ -293,6 +300,7 @@ CHECKS: dict[str, Callable[[int, int], Any]] = {
     "unwrapped": unwrapped,
     "overflow": overflow,
     "average": average,
+    "default device": default_device,
     **{
         f"another number, {name}, {steps}": partial(another_number, sequence=sequence, steps=steps)
         for name, sequence, steps in NUMBERS
@@ -371,6 +379,10 @@ def test_another_number_of_losses_in_one_process_is_refused_in_all(
         )
         assert outcome["unchanged"]
         assert (outcome["passes"] == 0) == sequence  # known before the first backward pass
+
+
+def test_the_number_of_losses_is_told_on_the_cpu(processes):
+    assert all(found["default device"] for found in processes)
 
 
 def test_average(processes):

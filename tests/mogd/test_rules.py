@@ -15,7 +15,7 @@ from mogd.rules import against, conflicting
         (doubles([1, 0], [1, 1]), False),
         (doubles([1, 0], [-1, 1]), True),
         (doubles([1, 0], [0, 1]), True),
-        (doubles([1, 0], [0, 0]), True),
+        (doubles([1, 0], [0, 0]), False),
         (doubles([0, 0], [0, 0]), False),
         (doubles([1, 0], [1, 1], [1, 2]), False),
         (doubles([1, 0], [1, 1], [-1, 3]), True),

@@ -103,15 +103,14 @@ def test_the_weights_are_those_of_a_problem_without_the_others():
     assert torch.equal(*weights)
 
 
-def test_a_named_parameter_without_gradient_counts_as_zero():
+def test_a_loss_that_reaches_none_of_them_is_refused():
     a, b = pair()
     optimizer = UnbiasedMultiGradient([a, b], lr=0.1, weigh_by=[a])
-    for _ in range(2):
-        record = optimizer.step(lambda: [b.sum(), 2 * b.sum()])
-    assert record.norms.tolist() == [0, 0]
-    assert record.weights.tolist() == [0.5, 0.5]
-    assert b.grad.tolist() == [1.5]
+    with pytest.raises(ValueError, match=r"losses\[1\] reaches none of the parameters in weigh_by"):
+        optimizer.backward([a.sum() + b.sum(), 2 * b.sum()])
     assert a.grad is None
+    assert optimizer.last is None
+    optimizer.backward([a.sum() + b.sum(), 0 * a.sum() + b.sum()])  # a gradient of 0 is one
 
 
 def test_what_is_not_finite_elsewhere_is_still_refused():

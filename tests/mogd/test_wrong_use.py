@@ -20,6 +20,7 @@ from chosen import (
 from torch.testing import assert_close
 
 from mogd import BisectorProjection, Fixed, UnbiasedMultiGradient
+from mogd.rules import Rule
 
 
 def test_the_number_of_losses_may_not_change():
@@ -249,3 +250,40 @@ def test_decays_of_another_library_s_numbers_are_saved_as_data(tmp_path):
     _, optimizer = optimizer_after(CONFLICTING, moment_decay=(np.float32(0.5), Fraction(3, 4)))
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     assert torch.load(tmp_path / "state.pt", weights_only=True)["moment_decay"] == [0.5, 0.75]
+
+
+class Answering(Rule):
+    """A rule that gives one answer, whatever it is asked."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, gramian, norms, prioritized):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (torch.ones(2), TypeError, "rule must return a Weighting, got Tensor from .*Answering"),
+        (None, TypeError, "rule must return a Weighting, got NoneType"),
+        ((torch.ones(2),) * 3, TypeError, "rule must return a Weighting, got tuple"),
+        (([1, 1], [0, 0]), TypeError, "rule must return weights as a tensor, got list"),
+        ((torch.ones(2), 0), TypeError, "rule must return regularization as a tensor, got int"),
+        ((torch.ones(1), torch.zeros(2)), ValueError, r"weights of shape \(2,\), got \(1,\)"),
+        ((torch.ones(2), torch.zeros(())), ValueError, r"regularization of shape .* got \(\)"),
+    ],
+)
+def test_a_rule_that_answers_no_weights_for_the_losses_is_refused(answer, error, message):
+    p, optimizer = optimizer_after(AGREEING)
+    before = snapshot(optimizer)
+    optimizer.rule = Answering(answer)
+    with pytest.raises(error, match=message):
+        optimizer.backward([linear(p, gradient) for gradient in AGREEING])
+    assert_same_bits(snapshot(optimizer), before)
+
+
+def test_the_decays_of_the_moments_are_for_good():
+    _, optimizer = optimizer_after()
+    with pytest.raises(AttributeError, match="moment_decay"):
+        optimizer.moment_decay = (0.5, 0.5)

@@ -1,7 +1,8 @@
 """A slow twin of the paper's Algorithm 1, a line of code for a line of the algorithm.
 
-Plain floats and lists, vanilla gradient descent, two losses. Quotients by zero, on which the paper
-is silent, are 0; the first step, which has no past, weighs both losses by a half.
+Plain floats and lists, vanilla gradient descent, two losses. Of quotients by zero the paper is
+silent: a loss that never had a gradient conflicts with none, and gets no weight; the first step,
+which has no past, weighs both losses by a half.
 """
 
 from math import hypot
@@ -36,10 +37,10 @@ class Twin:
         m_1, m_2, v_1, v_2 = self.moments()
         if v_1 == v_2 == 0:
             return 0.5, 0.5, 0.0
-        if inner(m_1, m_2) > 0:
+        if inner(m_1, m_2) > 0 or 0 in (v_1, v_2):
             d = [quotient(x, v_1) + quotient(y, v_2) for x, y in zip(m_1, m_2, strict=True)]
             gamma = inner([x + y for x, y in zip(m_1, m_2, strict=True)], d) / inner(d, d) / 2
-            return gamma / v_1, gamma / v_2, 0.0
+            return quotient(gamma, v_1), quotient(gamma, v_2), 0.0
         if not abstract_first:
             return 1.0, quotient(-inner(m_1, m_2), v_2**2), 0.0
         return quotient(-inner(m_1, m_2), v_1**2), 1.0, 0.5
