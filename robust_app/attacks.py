@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ Network = Callable[[Tensor], Tensor]
 
 IMAGES = (0.0, 1.0)
 ANYTHING = (-math.inf, math.inf)  # the domain of what lies between two layers
+_STARTS_AT_ONCE = 2**26  # entries of all images' starts: 256 MiB
 
 
 def pgd(
@@ -142,6 +144,11 @@ def falsified(
     _check_at_least_one("steps", steps)
     _check_at_least_one("restarts", restarts)
     check_images(x)
+    at_once = max(1, _STARTS_AT_ONCE // (restarts * x[:1].numel() or 1))
+    if len(x) > at_once:
+        attack = partial(falsified, network, epsilon=epsilon, steps=steps, restarts=restarts)
+        parts = zip(torch.split(x, at_once), torch.split(labels, at_once), strict=True)
+        return torch.cat([attack(*part, generator=generator) for part in parts])
     lower, upper = _ball(x, epsilon)
     step_size = 2.5 * epsilon / steps
     broken = network(x).argmax(1) != labels

@@ -57,6 +57,8 @@ ATTEMPTS = Rule("an integer from 1 to 1000000", lambda v: _whole(v, 1, 10**6), i
 UNIT = Rule("a number in [0, 1]", lambda v: _within(v, 0, 1), float)
 FACTOR = Rule("a number in (0, 1]", lambda v: _within(v, _TINY, 1), float)
 POSITIVE = Rule("a finite number above 0", lambda v: _within(v, _TINY, _HUGE), float)
+# Adam divides its step by 1 - β₁, and may not leave the range of floats.
+RATE = Rule("a number above 0, up to 1e30", lambda v: _within(v, _TINY, 1e30), float)
 LIMIT = Rule("a number above 0, or inf", lambda v: _within(v, _TINY, math.inf), float)
 NONNEGATIVE = Rule("a finite number of at least 0", lambda v: _within(v, 0, _HUGE), float)
 NONNEGATIVES = Rule(
@@ -148,7 +150,7 @@ class Config:
     evaluation_epsilon: Annotated[float, UNIT]
     epochs: Annotated[int, POSITIVE_INTEGER]
     batch_size: Annotated[int, POSITIVE_INTEGER]
-    learning_rate: Annotated[float, POSITIVE]  # η
+    learning_rate: Annotated[float, RATE]  # η
     reference_fan_in: Annotated[float, NONNEGATIVE] = 0.0
     milestones: Annotated[tuple[float, ...], NONNEGATIVES]
     learning_rate_factor: Annotated[float, FACTOR]
@@ -170,7 +172,7 @@ class Config:
     one_start_per_batch: Annotated[bool, SWITCH] = False
     stages: Annotated[int, INTEGER] = 0
     stage_epochs: Annotated[int, POSITIVE_INTEGER] = 1
-    stage_learning_rate: Annotated[float, POSITIVE] = 1.25e-4
+    stage_learning_rate: Annotated[float, RATE] = 1.25e-4
     stage_milestones: Annotated[tuple[float, ...], NONNEGATIVES] = ()
     gradient_clip: Annotated[float, LIMIT]
     augment: Annotated[bool, SWITCH]

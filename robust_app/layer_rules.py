@@ -30,8 +30,13 @@ class UnsupportedLayer(UserError, TypeError):
 
 
 def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
-    """Whether ``layer`` computes what ``kind`` computes: no subclass with another forward."""
-    return isinstance(layer, kind) and type(layer).forward is kind.forward
+    """Whether ``layer`` computes what ``kind`` computes: nobody has given it another forward."""
+    return (
+        isinstance(layer, kind)
+        and type(layer).forward is kind.forward
+        and type(layer).__call__ is nn.Module.__call__
+        and "forward" not in vars(layer)
+    )
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,8 @@ def evaluate_outside(
         UserError: a verifier has no rule for a layer, ``how`` does not fit the data, or the file
             cannot be written.
     """
+    if output is not None and output.is_dir():
+        raise UserError(f"--output: expected a file to write, found the folder {output}")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"{output}: cannot be written (there is no folder {output.parent})")
     x, y = dataset.x_test, dataset.y_test

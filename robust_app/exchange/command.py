@@ -1,6 +1,7 @@
 """The command ``robust-app export``."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -8,10 +9,10 @@ import typer
 
 from robust_app import data, examination, reporting, session, verifiers
 from robust_app.data import Dataset
-from robust_app.errors import UserError, unknown
+from robust_app.errors import UserError, shown, unknown
 from robust_app.examination import Examination
 from robust_app.exchange.export import export as write
-from robust_app.options import DataRoot, Download, VerifierNames
+from robust_app.options import DataRoot, Download, Epsilon, VerifierNames
 from robust_app.run_directory import RunDirectory
 
 NETWORKS = ("best", "last")
@@ -29,9 +30,7 @@ def export(
     indices: Annotated[
         str | None, typer.Option(metavar="I[,I…]", help="These test images, counted from 0.")
     ] = None,
-    epsilon: Annotated[
-        float | None, typer.Option(help="Radius in pixels of [0, 1]; the run's by default.")
-    ] = None,
+    epsilon: Epsilon = None,
     verifier: VerifierNames = None,
     timeout: Annotated[
         float, typer.Option(help="Seconds for a property, of others and of exact.")
@@ -44,6 +43,10 @@ def export(
         raise unknown("--network", network, NETWORKS)
     directory = RunDirectory(run_dir)
     config = directory.config()
+    if network == "best" and config.held_out == 0:
+        raise UserError("--network: nothing was held out, so that no epoch is the best; give last")
+    if not 0 < timeout < math.inf:
+        raise UserError(f"--timeout: expected a positive, finite number, found {timeout}")
     how = dataclasses.replace(Examination.of(config), time_limit=timeout)
     if epsilon is not None:
         how = dataclasses.replace(how, epsilon=epsilon)
@@ -77,6 +80,8 @@ def _chosen(dataset: Dataset, count: int | None, text: str | None, seed: int) ->
         raise UserError("--indices: give these or --images, not both")
     last = len(dataset.x_test) - 1
     for part in text.split(","):
-        if not part.strip().isdecimal() or int(part) > last:
-            raise UserError(f"--indices: expected integers from 0 to {last}, found {part!r}")
+        digits = part.strip()
+        if not digits.isdecimal() or len(digits) > 18 or int(digits) > last:
+            found = shown(part)
+            raise UserError(f"--indices: expected integers from 0 to {last}, found {found}")
     return list(dict.fromkeys(map(int, text.split(","))))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from robust_app import attacks
 from robust_app.attacks import ANYTHING, falsified, fgsm, pgd, uniform_start
 from robust_app.certificates import certified
 
@@ -284,6 +285,26 @@ def test_every_iterate_counts_the_start_included():
     }
     assert hits
     assert found == hits
+
+
+def test_many_restarts_are_drawn_for_a_part_of_the_images_at_a_time(monkeypatch):
+    network = two_classes([1.0, -1.0, 0.5], bias=0.0)
+    x = torch.rand(5, 3, generator=generator(5), dtype=torch.float64)
+    labels = torch.zeros(5, dtype=torch.int64)
+    sizes = []
+
+    def drawn(like, source):
+        sizes.append(like.numel())
+        return uniform_start(like, source)
+
+    def verdicts():
+        return falsified(network, x, labels, 0.2, steps=2, restarts=4, generator=generator(7))
+
+    monkeypatch.setattr(attacks, "uniform_start", drawn)
+    at_once = verdicts()
+    monkeypatch.setattr(attacks, "_STARTS_AT_ONCE", 25)  # two images' are 24
+    assert torch.equal(verdicts(), at_once)
+    assert sizes == [60, 24, 24, 12]
 
 
 @given(parts=st.lists(st.integers(1, 4), min_size=1, max_size=6), restarts=st.integers(1, 3))

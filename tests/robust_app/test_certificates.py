@@ -23,6 +23,7 @@ from robust_app.crown import crown_ibp
 from robust_app.errors import UserError
 from robust_app.exact import decide
 from robust_app.interval import Interval
+from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Normalize, Residual
 from robust_app.margins import margin_bounds
 from robust_app.verifiers import VERIFIERS
@@ -367,6 +368,21 @@ def test_layers_that_may_compute_anything_are_refused():
         for verifier in VERIFIERS.values():
             with pytest.raises(UserError, match=f"found {words}.* on 0; remove them first"):
                 verifier.decide(network, x, label, 0.1, 1.0)
+
+
+class Louder(nn.Linear):
+    def __call__(self, x):
+        return super().__call__((40 * x).sin())
+
+
+def test_layers_that_somebody_gave_another_forward_are_refused():
+    x, label = torch.rand(1, 2), torch.tensor([0])
+    patched = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    patched[1].forward = lambda x: (40 * x).sin()
+    for network, kind in ((patched, "ReLU"), (nn.Sequential(Louder(2, 2)), "Louder")):
+        for verifier in VERIFIERS.values():
+            with pytest.raises(UnsupportedLayer, match=kind):
+                verifier.decide(network.eval(), x, label, 0.1, 1.0)
 
 
 def test_a_body_that_changes_its_own_input_is_refused():

@@ -21,6 +21,7 @@ counts = st.integers(1, 2**63 - 1)
 attempts = st.integers(1, 10**6)
 durations = st.floats(0, 3.4e38)
 above_zero = st.floats(0, 3.4e38, exclude_min=True)
+rates = st.floats(0, 1e30, exclude_min=True)
 configs = st.builds(
     Config,
     dataset=texts,
@@ -32,7 +33,7 @@ configs = st.builds(
     evaluation_epsilon=units,
     epochs=counts,
     batch_size=counts,
-    learning_rate=above_zero,
+    learning_rate=rates,
     reference_fan_in=durations,
     milestones=st.lists(durations, max_size=4),
     learning_rate_factor=st.floats(0, 1, exclude_min=True),
@@ -54,7 +55,7 @@ configs = st.builds(
     one_start_per_batch=st.booleans(),
     stages=counts,
     stage_epochs=counts,
-    stage_learning_rate=above_zero,
+    stage_learning_rate=rates,
     stage_milestones=st.lists(durations, max_size=4),
     gradient_clip=st.floats(0, exclude_min=True),
     augment=st.booleans(),
@@ -107,9 +108,10 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("epochs", 2.0, "an integer of at least 1, of 64 bits"),
         ("epochs", True, "an integer of at least 1, of 64 bits"),
         ("batch_size", 0, "an integer of at least 1, of 64 bits"),
-        ("learning_rate", 0, "a finite number above 0"),
-        ("learning_rate", math.inf, "a finite number above 0"),
-        ("learning_rate", 10**400, "a finite number above 0"),
+        ("learning_rate", 0, "a number above 0, up to 1e30"),
+        ("learning_rate", 1e31, "a number above 0, up to 1e30"),
+        ("learning_rate", math.inf, "a number above 0, up to 1e30"),
+        ("learning_rate", 10**400, "a number above 0, up to 1e30"),
         ("milestones", 30, "a list of finite numbers of at least 0"),
         ("milestones", [30, -1], "a list of finite numbers of at least 0"),
         ("milestones", [math.inf], "a list of finite numbers of at least 0"),
@@ -146,7 +148,7 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("stages", -1, "an integer of at least 0, of 64 bits"),
         ("stages", 1.5, "an integer of at least 0, of 64 bits"),
         ("stage_epochs", 0, "an integer of at least 1, of 64 bits"),
-        ("stage_learning_rate", 0, "a finite number above 0"),
+        ("stage_learning_rate", 0, "a number above 0, up to 1e30"),
         ("stage_milestones", [-1], "a list of finite numbers of at least 0"),
         ("crop_padding", -1, "an integer of at least 0, of 64 bits"),
         ("gradient_clip", 0, "a number above 0, or inf"),

@@ -122,6 +122,8 @@ def test_images_of_another_shape_are_refused(here, tmp_path):
         ((".", "--output", "o.json"), ("--output", "a run has its own")),
         (("model.onnx", "--dataset", "digit", "--epsilon", "0.1"), ("'digit'", "'digits'")),
         (("model.onnx", "--dataset", "digits", "--epsilon", "nan"), ("epsilon", "[0, 1]", "nan")),
+        (("model.onnx", *ON_DIGITS, "--output", "."), ("--output", "a file", "folder .")),
+        (("model.onnx", *ON_DIGITS, "--output", ""), ("--output", "a file", "folder .")),
         (("model.onnx", *ON_DIGITS, "--output", "no/o.json"), ("no/o.json", "cannot be written")),
         (("model.onnx", *ON_DIGITS, "--verifier", "ibq"), ("'ibq'", "'ibp'")),
         (("--model", "networks.py:absent", *ON_DIGITS), ("no function absent in networks.py",)),

@@ -1,6 +1,7 @@
 """``robust-app export`` as its user meets it."""
 
 import csv
+import re
 import sys
 
 import pytest
@@ -59,6 +60,10 @@ def test_by_default_it_lies_in_the_run(robust_app, digits_run, tmp_path):
         (("--images", "361"), ("images", "360", "361")),
         (("--images", "0"), ("--images",)),
         (("--epsilon", "1.5"), ("epsilon", "[0, 1]", "1.5")),
+        (("--epsilon", "8/0"), ("--epsilon", "8/255", "'8/0'")),
+        (("--indices", "1" * 5000), ("--indices", "0 to 359", "…")),
+        (("--timeout", "0"), ("--timeout", "positive", "0.0")),
+        (("--timeout", "nan"), ("--timeout", "positive", "nan")),
         (("--network", "lost"), ("--network", "'lost'", "'last'")),
         (("--network", "last"), ("last.pt", "cannot be read")),
         (("--verifier", "ibq"), ("ibq", "'ibp'")),
@@ -83,3 +88,16 @@ def test_without_its_packages_it_says_what_to_install(
     outcome = robust_app("export", digits_run, "--out", "out")
     assert_refused(outcome, "pip install onnx onnxruntime")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_best_network_exports_its_last(robust_app, tmp_path, digits_run):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "last.pt").write_bytes((digits_run / "best.pt").read_bytes())
+    config = (digits_run / "config.toml").read_text()
+    (run / "config.toml").write_text(re.sub("(?m)^held_out = .*", "held_out = 0", config))
+    assert_refused(robust_app("export", "run", "--images", "1"), "--network", "give last")
+    options = ("--images", "1", "--network", "last", "--epsilon", "8/255")
+    status, out, _ = robust_app("export", "run", *options)
+    assert status == 0
+    assert "at ε = 0.03137" in out
