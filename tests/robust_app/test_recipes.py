@@ -299,14 +299,14 @@ def test_the_short_schedule_is_that_of_shi_et_al(data, epochs, ramp, batch_size,
 def test_the_short_schedule_ends_with_both_losses_after_the_learning_rate_has_fallen(model):
     for method in ("advibp", "advcrown-ibp", "weighted-sum"):
         config = recipes.load(f"mnist-{model}-{method}-short")
-        assert setting(config, 45.2).phase is Phase.CERTIFIED
-        joint = setting(config, 45.4)
+        assert setting(config, 60.2).phase is Phase.CERTIFIED
+        joint = setting(config, 60.4)
         assert joint.phase is Phase.MAIN
         assert joint.learning_rate == pytest.approx(0.2 * config.learning_rate)
         assert joint.epsilon == config.epsilon
         assert 0.2 < joint.fosc_threshold < 0.4
-        assert setting(config, 59.3).fosc_threshold == pytest.approx(0, abs=1e-12)
-        assert (config.epochs, config.milestones) == (75, (40, 59, 69))  # in 30 both losses
+        assert setting(config, 74.3).fosc_threshold == pytest.approx(0, abs=1e-12)
+        assert (config.epochs, config.milestones) == (75, (55, 67, 72))  # in 15 both losses
         assert config.preference == (1, 1)  # the paper's bisector
     assert recipes.load(f"mnist-{model}-ibp-short").certified_epochs == 0
 
