@@ -41,9 +41,6 @@ def bisector(gramian: Tensor, norms: Tensor, preference: Sequence[float] | None 
         scale = scale * constants([one / max(preference) for one in preference], norms)
     onto_direction = gramian @ scale  # ⟨mₖ, d⟩
     square = scale @ onto_direction  # ‖d‖²
-    if len(norms) > 2:  # of two, moments that agree cannot cancel
-        # Where they do, what is left of the square is rounding, and may be negative.
-        square = square.where(square > 1e-12 * (scale.square() @ gramian.diagonal()), 0.0)
     # A loss that would rise along d, where others than the favoured one conflict, does not lengthen
     # the step, nor turn it round.
     return _or_0(onto_direction.clamp(min=0.0).mean() / square, square) * scale
@@ -95,8 +92,8 @@ class BisectorProjection(Rule):
     Args:
         regularization: κ_reg ≥ 0, the weight of the favoured loss's square while there is a
             conflict and it is not the first loss (½ in the paper, where it is the second). For
-            losses of at least 0: below -1 the square falls faster than the loss rises, and the
-            step would raise it.
+            losses of at least 0: below -1 / (2 κ_reg) the square falls faster than the loss rises,
+            and the step would raise it.
         preference: pₖ > 0, how far the step leans to each loss in agreement: along
             Σₖ pₖ mₖ/vₖ. Equal numbers, the default, are the bisector; only the ratios count. In
             conflict the priority decides.

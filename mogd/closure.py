@@ -32,7 +32,7 @@ def reevaluation(
     Its first call finds value and gradient in place, left by the ``backward`` of the record.
     ``average`` takes a loss of this process to that of all, so that all take the same decisions.
     """
-    evaluated = False
+    evaluated, expected = False, len(record.weights)
 
     def value(losses: Tensor) -> Tensor:
         return (record.weights * losses + record.regularization * losses**2).sum()
@@ -46,15 +46,13 @@ def reevaluation(
         losses: list[Tensor] = []
         with torch.enable_grad():
             for index, (loss, retain_graph) in enumerate(each(closure())):
-                if index == len(record.weights):
-                    raise ValueError(f"closure must return {index} losses as before, got more")
+                if index == expected:
+                    raise ValueError(f"closure must return {expected} losses as before, got more")
                 losses.append(average(loss.detach().to(record.weights)))
                 slope = slopes(Weighting(record.weights, record.regularization), losses[-1])[index]
                 torch.autograd.backward(loss, slope.to(loss), retain_graph=retain_graph)
-        if len(losses) < len(record.weights):
-            raise ValueError(
-                f"closure must return {len(record.weights)} losses as before, got {len(losses)}"
-            )
+        if len(losses) < expected:
+            raise ValueError(f"closure must return {expected} losses as before, got {len(losses)}")
         return float(value(torch.stack(losses)))
 
     return objective

@@ -25,7 +25,7 @@ class LossGradients:
 
     losses: list[Tensor] = field(default_factory=list)
     gradients: list[Gradients] = field(default_factory=list)
-    scaler: GradScaler | None = None
+    scaled: bool = False
 
     @torch.enable_grad()  # as torch's own backward, it may be called under no_grad
     def add(
@@ -43,13 +43,14 @@ class LossGradients:
             TypeError: if ``losses`` is no iterable of real tensors.
             ValueError: if a loss is no scalar, has no graph, reaches none of the parameters or
                 has a sparse gradient; if there are none, or not as many as at the first call, or
-                ``scaler`` is another than there.
+                ``scaler`` was given there and is not here, or the other way round.
             RuntimeError: if the graph of a loss was freed before.
         """
         first = not self.losses
-        if not first and scaler is not self.scaler:
-            raise ValueError("scaler must be that of the micro-batch before, or none as there")
-        self.scaler = scaler
+        if not first and self.scaled != (scaler is not None):
+            before = "with" if self.scaled else "without"
+            raise ValueError(f"scaler must be as in the micro-batch before, which was {before} one")
+        self.scaled = scaler is not None
         index = 0
         for loss, retain_graph in each(losses):
             if first:

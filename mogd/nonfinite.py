@@ -61,10 +61,10 @@ class Guard:
 
 
 def largest_number(parameters: Iterable[Tensor]) -> float:
-    """The largest number that all gradients and moments can hold, but float32's for halves.
+    """The largest number that the parameters' gradients and moments can hold.
 
-    Moments are float32 at least. A float16 gradient may overflow below this: a norm over many
-    parameters can be beyond 65504 where no entry is.
+    Moments are float32 at least. float16's own range is not looked at: a norm over many parameters
+    may exceed 65504 where no entry does.
     """
     dtypes = {parameter.dtype for parameter in parameters}
     return min(torch.finfo(torch.promote_types(dtype, torch.float32)).max for dtype in dtypes)

@@ -47,7 +47,8 @@ class UnbiasedMultiGradient(Wrapper):
             ``FloatingPointError``, ``"skip"`` leaves everything as it was and counts the step in
             :attr:`skipped`.
         weigh_by: parameters whose gradients the weights come from, the last layer that all losses
-            share for instance; all if None. The moments need memory for these only.
+            share for instance; all if None. Each loss must reach one of them. The moments need
+            memory for these only.
         **base_options: go to ``base``: ``lr``, ``betas``, ``weight_decay``, …
 
     Raises:
@@ -153,8 +154,9 @@ class UnbiasedMultiGradient(Wrapper):
 
         Raises:
             TypeError, ValueError: if ``losses`` are not K scalars with graphs that reach the
-                parameters, K as before and in each process; if ``scaler`` is none; if the priority
-                names no loss or the rule no K weights.
+                parameters, those of ``weigh_by`` too, K as before and in each process; if
+                ``scaler`` is none, or is not as in the micro-batch before; if the priority names no
+                loss or the rule no K weights.
             FloatingPointError: if a loss, its gradient or the weighted sum is not finite and
                 ``nonfinite`` is ``"raise"``; nothing has changed then.
             RuntimeError: if a loss's graph was freed before, or processes that train one model hold
@@ -172,7 +174,6 @@ class UnbiasedMultiGradient(Wrapper):
             if shared and number is not None:
                 parallel.agree_on_number(number)  # else backward passes would wait for each other
             collected.add(losses, self._parameters(), scaler)
-            check_reached(collected.gradients, self._weigh_by)
             if self._moments is not None and self._moments.losses != len(collected.losses):
                 raise ValueError(
                     f"losses must be {self._moments.losses} as before, got {len(collected.losses)}"
@@ -308,6 +309,7 @@ class UnbiasedMultiGradient(Wrapper):
 
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         """Weigh by the past, take in the present, combine (Algorithm 1)."""
+        check_reached(collected.gradients, self._weigh_by)
         device = self._device()
         moments = self._moments or Moments(self.moment_decay, len(collected.losses), device)
         losses = torch.stack([loss.to(device, torch.float64) for loss in collected.losses])
@@ -326,7 +328,7 @@ class UnbiasedMultiGradient(Wrapper):
         chosen = self.rule(gramian, norm_moments, prioritized)
         weighting = checked(chosen, len(losses), self.rule)
         total = slopes(weighting, losses)
-        largest = largest_number(self._parameters())
+        largest = largest_number(reached for of in collected.gradients for reached in of)
         finite, keep = self._guard.admit(losses, norms, total, largest, scaler is not None)
         self.last = Record(losses, *weighting, gramian, norm_moments, prioritized, finite)
         mask = keep if isinstance(keep, Tensor) else None

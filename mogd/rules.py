@@ -67,7 +67,7 @@ def against(gramian: Tensor, prioritized: Tensor) -> Tensor:
 
 
 def conflicting(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
-    """Whether any loss conflicts with the favoured one (:func:`against`), once it had a gradient.
+    """Whether any loss that had a gradient conflicts with the favoured one (:func:`against`).
 
     Args:
         gramian: inner products of the moments, shape ``(K, K)``.
@@ -83,9 +83,9 @@ def conflicting(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
     >>> conflicting(moments @ moments.T, torch.ones(2), prioritized=torch.tensor(0))
     tensor(True)
     """
+    conflict = against(gramian, prioritized).any()
     # Of more than two, one without a gradient is against none anyway.
-    seen = norms.all() if len(norms) == 2 else seen_any(norms)
-    return against(gramian, prioritized).any() & seen
+    return conflict & norms.all() if len(norms) == 2 else conflict
 
 
 @dataclass(frozen=True)

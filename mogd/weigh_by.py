@@ -32,11 +32,14 @@ def check_reached(gradients: Sequence[Gradients], chosen: frozenset[Tensor] | No
     """Check that each of K losses has a gradient to be weighed by; None is for all parameters.
 
     Raises:
-        ValueError: if one has none: the rule would take its gradient for 0, at every step.
+        ValueError: if one has none, which the rule would take for a gradient of 0.
     """
     for index, of_loss in enumerate(gradients):
         if chosen is not None and chosen.isdisjoint(of_loss):
-            raise ValueError(f"losses[{index}] reaches none of the parameters in weigh_by")
+            raise ValueError(
+                f"losses[{index}] reaches none of the parameters in weigh_by: "
+                "there is no gradient to weigh it by"
+            )
 
 
 def restricted(

@@ -20,7 +20,8 @@ class Wrapper(Optimizer):
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base
-        super().__setstate__({})  # hooks of its own; __init__ would make groups and state, too
+        # Hooks, as of an optimizer that was copied: __init__ would make groups and state, too.
+        super().__setstate__({})
 
     # Schedulers, clipping and scalers must see the groups and state the base works with.
     @property

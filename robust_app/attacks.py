@@ -14,7 +14,7 @@ Network = Callable[[Tensor], Tensor]
 
 IMAGES = (0.0, 1.0)
 ANYTHING = (-math.inf, math.inf)  # the domain of what lies between two layers
-_STARTS_AT_ONCE = 2**26  # entries of all images' starts: 256 MiB
+_STARTS_AT_ONCE = 2**26  # entries, 256 MiB in float32; but all of an image
 
 
 def pgd(

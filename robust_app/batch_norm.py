@@ -184,14 +184,15 @@ def estimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
 class _OfAllProcesses(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, value: Tensor) -> Tensor:
+        value = value.contiguous()
         values = [torch.empty_like(value) for _ in range(world_size())]
-        torch.distributed.all_gather(values, value.contiguous())
+        torch.distributed.all_gather(values, value)
         return torch.stack(values)
 
     @staticmethod
     @once_differentiable
     def backward(_: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
+        total = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total)
         return total[torch.distributed.get_rank()]
 

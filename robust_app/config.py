@@ -57,7 +57,7 @@ ATTEMPTS = Rule("an integer from 1 to 1000000", lambda v: _whole(v, 1, 10**6), i
 UNIT = Rule("a number in [0, 1]", lambda v: _within(v, 0, 1), float)
 FACTOR = Rule("a number in (0, 1]", lambda v: _within(v, _TINY, 1), float)
 POSITIVE = Rule("a finite number above 0", lambda v: _within(v, _TINY, _HUGE), float)
-# Adam divides its step by 1 - β₁, and may not leave the range of floats.
+# In the range of floats, also times multipliers and divided by 1 - β₁ of Adam.
 RATE = Rule("a number above 0, up to 1e30", lambda v: _within(v, _TINY, 1e30), float)
 LIMIT = Rule("a number above 0, or inf", lambda v: _within(v, _TINY, math.inf), float)
 NONNEGATIVE = Rule("a finite number of at least 0", lambda v: _within(v, 0, _HUGE), float)

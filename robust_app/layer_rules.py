@@ -30,7 +30,7 @@ class UnsupportedLayer(UserError, TypeError):
 
 
 def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
-    """Whether ``layer`` computes what ``kind`` computes: nobody has given it another forward."""
+    """Whether ``layer`` is called as ``kind`` is: nobody gave it another forward or __call__."""
     return (
         isinstance(layer, kind)
         and type(layer).forward is kind.forward
@@ -80,6 +80,12 @@ class Rules:
         self, rule: Callable[..., Any], kind: type[nn.Module], layer: nn.Module, *rest: Any
     ) -> Any:
         # Dispatch finds the rules of base classes too, which say nothing about another forward.
-        if not is_plainly(layer, kind):
+        if type(layer).forward is not kind.forward:
             raise self.unsupported(layer, f"it overrides {kind.__name__}.forward; {self._remedy}")
+        if not is_plainly(layer, kind):
+            raise self.unsupported(
+                layer,
+                f"it was given a forward or __call__ of its own, and may compute anything; make it "
+                f"a class with a forward, and {self._remedy}",
+            )
         return rule(layer, *rest)

@@ -44,7 +44,7 @@ def export(
     directory = RunDirectory(run_dir)
     config = directory.config()
     if network == "best" and config.held_out == 0:
-        raise UserError("--network: nothing was held out, so that no epoch is the best; give last")
+        raise UserError("--network: expected last, for nothing was held out to choose the best by")
     if not 0 < timeout < math.inf:
         raise UserError(f"--timeout: expected a positive, finite number, found {timeout}")
     how = dataclasses.replace(Examination.of(config), time_limit=timeout)

@@ -262,5 +262,5 @@ def test_a_scaler_in_some_micro_batches_alone_is_refused(scaled):
     first, second = (scaler if given else None for given in scaled)
     with optimizer.accumulate():
         optimizer.backward([linear(p, gradient) for gradient in AGREEING], scaler=first)
-    with pytest.raises(ValueError, match="scaler must be that of the micro-batch before"):
+    with pytest.raises(ValueError, match="scaler must be as in the micro-batch before"):
         optimizer.backward([linear(p, gradient) for gradient in AGREEING], scaler=second)

@@ -248,14 +248,3 @@ def test_three_losses_train_to_a_point_where_none_falls_without_another_rising()
     x, y = point.tolist()
     assert min(x, y) > -0.05
     assert x + y < 2.05
-
-
-def test_opposite_moments_leave_nothing_of_the_bisector():
-    """The favoured loss never had a gradient, the others cancel but for the rounding."""
-    random = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        one = torch.randn(5, generator=random, dtype=torch.float64)
-        scale = 10.0 ** (2 * torch.randn(1, generator=random, dtype=torch.float64))
-        m = torch.stack([torch.zeros_like(one), one, -scale * one])
-        weights = weigh(m, 0).weights
-        assert_close(weights, torch.zeros(3, dtype=torch.float64))

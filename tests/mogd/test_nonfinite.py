@@ -198,3 +198,11 @@ def test_the_range_is_that_of_the_narrowest_parameter(order):
     with pytest.raises(FloatingPointError, match="the sum of the gradients, weighed"):
         optimizer.step(lambda: [1e10 * narrow.sum() + wide.sum(), wide.sum()])
     assert narrow.item() == wide.item() == 0
+
+
+def test_a_frozen_parameter_of_eight_bits_is_not_asked_for_its_range():
+    p = torch.nn.Parameter(torch.zeros(2))
+    frozen = torch.nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn), requires_grad=False)
+    optimizer = UnbiasedMultiGradient([p, frozen], lr=0.1)
+    optimizer.step(lambda: [linear(p, gradient) for gradient in AGREEING])
+    assert optimizer.last.finite.all()

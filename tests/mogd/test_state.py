@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections import defaultdict
 
 import pytest
 import torch
@@ -436,3 +437,28 @@ def test_resume_keeps_the_bits_where_losses_touch_different_parameters(seed):
         one, other = step(parameters, optimizer), step(again, resumed)
         assert torch.equal(one.gramian, other.gramian)
         assert torch.equal(one.weights, other.weights)
+
+
+def test_groups_and_state_stay_the_bases_whoever_replaces_them():
+    model, optimizer = trained()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.base.load_state_dict(optimizer.base.state_dict())
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert optimizer.state is optimizer.base.state
+    train(model, optimizer)
+    scheduler.step()
+    assert optimizer.base.param_groups[0]["lr"] == 0.025
+    optimizer.state = defaultdict(dict)
+    assert not optimizer.base.state
+    optimizer.defaults = {"lr": 1.0}
+    assert optimizer.base.defaults == {"lr": 1.0}
+    optimizer.param_groups = optimizer.param_groups[:0]
+    assert optimizer.base.param_groups == []
+
+
+def test_a_group_added_twice_is_refused():
+    _, optimizer = trained()
+    group = {"params": [nn.Parameter(torch.zeros(2))]}
+    optimizer.add_param_group(group)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group(group)

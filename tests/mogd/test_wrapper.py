@@ -1,7 +1,5 @@
 """An optimizer inside an object that imitates its class, as Lightning's and Fabric's do."""
 
-from collections import defaultdict
-
 import pytest
 import torch
 from chosen import (
@@ -84,28 +82,3 @@ def test_a_state_that_is_loaded_reaches_the_optimizer():
         imitation.param_groups[0]["params"][0].copy_(q)
     assert_same_bits(snapshot(imitation.optimizer), snapshot(plain))
     assert_same_bits(imitation.state_dict(), plain.state_dict())
-
-
-def test_groups_and_state_stay_the_bases_whoever_replaces_them():
-    _, optimizer = optimizer_after(AGREEING, base=torch.optim.Adam, lr=0.1)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    optimizer.base.load_state_dict(optimizer.base.state_dict())
-    assert optimizer.param_groups is optimizer.base.param_groups
-    assert optimizer.state is optimizer.base.state
-    optimizer.step()
-    scheduler.step()
-    assert optimizer.base.param_groups[0]["lr"] == 0.05
-    optimizer.state = defaultdict(dict)
-    assert not optimizer.base.state
-    optimizer.defaults = {"lr": 1.0}
-    assert optimizer.base.defaults == {"lr": 1.0}
-    optimizer.param_groups = optimizer.param_groups[:0]
-    assert optimizer.base.param_groups == []
-
-
-def test_a_group_added_twice_is_refused():
-    _, optimizer = optimizer_after()
-    group = {"params": [torch.nn.Parameter(torch.zeros(2))]}
-    optimizer.add_param_group(group)
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        optimizer.add_param_group(group)

@@ -96,7 +96,7 @@ def test_a_run_without_a_best_network_exports_its_last(robust_app, tmp_path, dig
     (run / "last.pt").write_bytes((digits_run / "best.pt").read_bytes())
     config = (digits_run / "config.toml").read_text()
     (run / "config.toml").write_text(re.sub("(?m)^held_out = .*", "held_out = 0", config))
-    assert_refused(robust_app("export", "run", "--images", "1"), "--network", "give last")
+    assert_refused(robust_app("export", "run", "--images", "1"), "--network", "expected last")
     options = ("--images", "1", "--network", "last", "--epsilon", "8/255")
     status, out, _ = robust_app("export", "run", *options)
     assert status == 0
