@@ -13,6 +13,10 @@ from mogd.gradients import each
 from mogd.record import Record
 from mogd.rules import Weighting, slopes
 
+MICRO_BATCHES = """\
+{base} evaluates the losses several times a step: its closure must return those of the whole \
+batch, and gather no micro-batches"""
+
 
 @functools.cache
 def needs_closure(step: Callable[..., Any]) -> bool:

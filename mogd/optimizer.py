@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from mogd import parallel
 from mogd.arguments import as_priority, as_rule, decays, make_base
 from mogd.bisector_projection import BisectorProjection
-from mogd.closure import check_gradient, needs_closure, reevaluation
+from mogd.closure import MICRO_BATCHES, check_gradient, needs_closure, reevaluation
 from mogd.gradients import LossGradients, combine, known_number
 from mogd.moments import Moments, norm
 from mogd.nonfinite import Guard, largest_number
@@ -241,11 +241,7 @@ class UnbiasedMultiGradient(Wrapper):
                 else:  # the closure may have gathered micro-batches, which zero_grad would drop
                     if self._pending is not None and needs_closure(type(self.base).step):
                         self.zero_grad()
-                        raise TypeError(
-                            f"{type(self.base).__name__} evaluates the losses several times a "
-                            "step: its closure must return those of the whole batch, and gather "
-                            "no micro-batches"
-                        )
+                        raise TypeError(MICRO_BATCHES.format(base=type(self.base).__name__))
                     self._keep = True
                     super().zero_grad()
                     record = self.backward(losses)

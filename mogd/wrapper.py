@@ -1,12 +1,19 @@
 """An optimizer around another: what is asked of any optimizer, by way of the base."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def _of_base(name: str) -> Any:
+    """An attribute that is the base's, whoever replaces it there or here."""
+    return property(
+        lambda wrapper: getattr(wrapper.base, name),
+        lambda wrapper, value: setattr(wrapper.base, name, value),
+    )
 
 
 class Wrapper(Optimizer):
@@ -17,39 +24,15 @@ class Wrapper(Optimizer):
     """
 
     base: Optimizer
+    # Schedulers, clipping and scalers must see the groups and state the base works with.
+    param_groups = _of_base("param_groups")
+    state = _of_base("state")
+    defaults = _of_base("defaults")
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base
         # Hooks, as of an optimizer that was copied: __init__ would make groups and state, too.
         super().__setstate__({})
-
-    # Schedulers, clipping and scalers must see the groups and state the base works with.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The base's."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its past gradients count as zero."""

@@ -88,8 +88,8 @@ def relu_balance(inputs: LayerInputs) -> Tensor:
     tensors = [part.flatten() for box in boxes for part in (box.center, box.radius)]
     with without_autocast(*tensors) as parts:
         centers, radii = parts[::2], parts[1::2]
-        ofs = [torch.stack([center.mean(), center.abs().mean()]) for center in centers]
-        means, sizes = of_all_processes(torch.stack(ofs)).mean(0).unbind(1)
+        of_layers = [torch.stack([center.mean(), center.abs().mean()]) for center in centers]
+        means, sizes = of_all_processes(torch.stack(of_layers)).mean(0).unbind(1)
         # No ratio depends on the centres' common scale: a constant to the gradient.
         sizes = sizes.detach().clamp(min=_NOTHING)
         sums = list(map(_sums, centers, radii, means, sizes))
