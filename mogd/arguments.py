@@ -42,18 +42,18 @@ def make_base(params: Any, base: Callable[..., Optimizer], options: Mapping[str,
 
 def as_rule(rule: Rule | Callable[[Tensor], Tensor]) -> Rule:
     """A rule, or a TypeError."""
-    _check_callable("rule", rule)
+    _check_callable("rule", rule, "Constant((1.0, 2.0))")
     return rule if isinstance(rule, Rule) else GramianRule(rule)
 
 
 def as_priority(priority: Priority) -> Priority:
     """A priority, or a TypeError."""
-    _check_callable("priority", priority)
+    _check_callable("priority", priority, "Fixed(1)")
     return priority
 
 
-def _check_callable(name: str, value: object) -> None:
+def _check_callable(name: str, value: object, example: str) -> None:
     if isinstance(value, type):
         raise TypeError(f"{name} must be an instance, got the class {value.__name__}: call it")
     if not callable(value):
-        raise TypeError(f"{name} must be callable, got {value!r}")
+        raise TypeError(f"{name} must be callable, as mogd.{example} is, got {value!r}")

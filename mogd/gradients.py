@@ -18,6 +18,11 @@ FREED_GRAPH = """\
 losses[{index}] has a graph that a backward pass before this one has freed: make the losses anew \
 for each backward() of the optimizer, and call none of your own"""
 
+COMPILED_GRAPH = """\
+losses[{index}] has a graph that torch.compile made for one backward pass alone, and losses of a \
+list may share theirs: give backward() an iterator that makes each loss by a forward pass of its \
+own, or set torch._functorch.config.donated_buffer = False before the first one"""
+
 
 @dataclass
 class LossGradients:
@@ -44,7 +49,7 @@ class LossGradients:
             ValueError: if a loss is no scalar, has no graph, reaches none of the parameters or
                 has a sparse gradient; if there are none, or not as many as at the first call, or
                 ``scaler`` was given there and is not here, or the other way round.
-            RuntimeError: if the graph of a loss was freed before.
+            RuntimeError: if the graph of a loss was freed before, or compiled to be freed at once.
         """
         first = not self.losses
         if not first and self.scaled != (scaler is not None):
@@ -64,9 +69,12 @@ class LossGradients:
             try:
                 torch.autograd.backward(scaled, retain_graph=retain_graph)
             except RuntimeError as error:
-                if "second time" not in str(error):
+                if "second time" in str(error):
+                    reason = SHARED_GRAPH if index and isinstance(losses, Iterator) else FREED_GRAPH
+                elif "donated buffers" in str(error):
+                    reason = COMPILED_GRAPH
+                else:
                     raise
-                reason = SHARED_GRAPH if index and isinstance(losses, Iterator) else FREED_GRAPH
                 raise RuntimeError(reason.format(index=index)) from error
             self.losses[index] += loss.detach()
             self.gradients[index] = _take(parameters, index)

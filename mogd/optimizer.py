@@ -118,6 +118,11 @@ class UnbiasedMultiGradient(Wrapper):
         self._priority = as_priority(priority)
 
     @property
+    def weigh_by(self) -> frozenset[Tensor] | None:
+        """The parameters whose gradients the weights come from; None for all."""
+        return self._weigh_by
+
+    @property
     def moment_decay(self) -> tuple[float, float]:
         """β₁ of the gradients and β₂ of their norms."""
         return self._moment_decay
@@ -321,7 +326,8 @@ class UnbiasedMultiGradient(Wrapper):
 
         gramian, norm_moments = moments.gramian(), moments.norms()
         prioritized = ask(self.priority, losses)
-        chosen = self.rule(gramian, norm_moments, prioritized)
+        # Copies, for a rule may work in place.
+        chosen = self.rule(gramian.clone(), norm_moments.clone(), prioritized)
         weighting = checked(chosen, len(losses), self.rule)
         total = slopes(weighting, losses)
         largest = largest_number(reached for of in collected.gradients for reached in of)

@@ -5,6 +5,7 @@ favour: an int or a 0-dim integer tensor. It is asked after the gradients exist 
 weights do, so it may read the ``.grad`` of inputs.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -58,7 +59,8 @@ class Threshold:
 
     Raises:
         TypeError: if ``measure`` cannot be called or ``limit`` is neither, on use too; on use, if
-            ``measure`` returns no tensor.
+            ``measure`` returns no 0-dim tensor.
+        ValueError: if ``limit`` is the number NaN, on use too.
 
     >>> gap = Threshold(lambda losses: losses[1] - losses[0], limit=0.5)
     >>> gap(torch.tensor([1.0, 1.2])), gap(torch.tensor([1.0, 2.0]))
@@ -75,7 +77,7 @@ class Threshold:
 
     def __call__(self, losses: Tensor) -> Tensor:
         measured = self.measure(losses)
-        if not isinstance(measured, Tensor):
+        if not isinstance(measured, Tensor) or measured.dim() != 0:
             raise TypeError(f"measure must return a 0-dim tensor, got {measured!r}")
         _check_limit(self.limit)  # it may have been set since
         return (measured > self.limit).long()
@@ -83,8 +85,10 @@ class Threshold:
 
 def _check_limit(limit: object) -> None:
     scalar = isinstance(limit, Tensor) and limit.dim() == 0
-    if not scalar and not isinstance(limit, Real):
+    if not scalar and (isinstance(limit, bool) or not isinstance(limit, Real)):
         raise TypeError(f"limit must be a number or a 0-dim tensor, got {limit!r}")
+    if isinstance(limit, Real) and math.isnan(limit):
+        raise ValueError("limit must be a number to compare with, got nan")
 
 
 def ask(priority: Priority, losses: Tensor) -> Tensor:
@@ -99,7 +103,7 @@ def ask(priority: Priority, losses: Tensor) -> Tensor:
         ValueError: if it is not an index of the losses; not looked at on a GPU, where that would
             wait for the device.
     """
-    answer = priority(losses)
+    answer = priority(losses.clone())  # it may work in place
     if isinstance(answer, bool) or not isinstance(answer, Integral | Tensor):
         raise TypeError(f"priority must return an int or a 0-dim integer tensor, got {answer!r}")
     if isinstance(answer, Tensor):

@@ -93,7 +93,7 @@ class Constant(Rule):
     """The weighted sum of the losses: the same weights at every step, from the first on.
 
     Args:
-        weights: one finite number a loss.
+        weights: one finite number a loss; a tensor's are copied.
 
     Raises:
         ValueError: if ``weights`` is empty or not finite; on use, if K is another.
@@ -117,6 +117,8 @@ class Constant(Rule):
             raise ValueError(
                 f"weights must be one finite number for each loss, got {self.weights!r}"
             )
+        given = weights.tolist() if isinstance(self.weights, Tensor) else self.weights
+        object.__setattr__(self, "weights", tuple(map(float, given)))
 
     def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
         if norms.numel() != len(self.weights):

@@ -67,7 +67,10 @@ class Wrapper(Optimizer):
                 f"state_dict lacks {sorted(missing)}: it is not of {type(self).__name__} "
                 "(a base optimizer's own state loads through optimizer.base.load_state_dict)"
             )
-        attributes = self._from_added_state(state_dict)
+        try:
+            attributes = self._from_added_state(state_dict)
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"state_dict is damaged: {error}") from error
         self.base.load_state_dict(state_dict)
         vars(self).update(attributes)
         for conclude in self._optimizer_load_state_dict_post_hooks.values():

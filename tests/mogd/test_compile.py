@@ -126,6 +126,23 @@ def test_the_step_of_the_base_may_be_compiled():
     torch.testing.assert_close(found, trained(explicit, foreach=True))
 
 
+@pytest.mark.parametrize("before", ["a pass of one's own", "an iterator"])
+def test_a_graph_compiled_for_one_pass_is_refused_with_what_to_do(before):
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2)), torch.randn(4, 3)
+    optimizer = UnbiasedMultiGradient(model.parameters(), lr=0.1)
+    compiled = torch.compile(model, backend="aot_eager")
+    if before == "an iterator":
+        optimizer.backward(loss(compiled, x) for loss in (first, second))
+    else:
+        first(compiled, x).backward()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"losses\[0\] .* one backward pass alone.* an iterator"):
+        optimizer.backward(list(both(compiled, x)))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    optimizer.backward(loss(compiled, x) for loss in (first, second))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_losses_by_the_compiler_proper(shared):

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from mogd import BisectorProjection, Constant, Fixed, Threshold, UnbiasedMultiGradient
+from mogd import BisectorProjection, Constant, Fixed, Rule, Threshold, UnbiasedMultiGradient
 
 
 def test_it_is_a_torch_optimizer():
@@ -456,3 +456,37 @@ def test_the_priority_decides_by_the_losses_of_the_step():
 def test_the_priority_may_answer_in_any_kind_of_integer(answer):
     _, optimizer = optimizer_after(CONFLICTING, priority=lambda _: answer)
     assert_close(weights_next(optimizer), doubles(4 / 3, 1))
+
+
+def test_a_priority_and_a_rule_that_work_in_place_change_nothing():
+    def in_place(gramian, norms, prioritized):
+        weighting = BisectorProjection()(gramian, norms, prioritized)
+        gramian.zero_()
+        norms.zero_()
+        return weighting
+
+    class InPlace(Rule):
+        def __call__(self, gramian, norms, prioritized):
+            return in_place(gramian, norms, prioritized)
+
+    def last(rule, priority):
+        point = parameter(0.5, 0.5)
+        optimizer = UnbiasedMultiGradient([point], lr=0.1, rule=rule, priority=priority)
+        for _ in range(20):
+            optimizer.step(lambda: [(point - 1).square().sum(), (point + 1).norm()])
+        return optimizer.last
+
+    scale = torch.tensor([1.0, 9.0])
+    plain = last(BisectorProjection(), lambda losses: losses.mul(scale).argmax())
+    changed = last(InPlace(), lambda losses: losses.mul_(scale).argmax())
+    for name in ("losses", "weights", "regularization", "gramian", "norms"):
+        assert torch.equal(getattr(plain, name), getattr(changed, name)), name
+
+
+def test_what_it_weighs_by_is_told_and_not_to_be_set():
+    layer = torch.nn.Linear(2, 1)
+    optimizer = UnbiasedMultiGradient(layer.parameters(), lr=0.1, weigh_by=[layer.bias])
+    assert optimizer.weigh_by == {layer.bias}
+    assert UnbiasedMultiGradient(layer.parameters(), lr=0.1).weigh_by is None
+    with pytest.raises(AttributeError, match="weigh_by"):
+        optimizer.weigh_by = [layer.weight]

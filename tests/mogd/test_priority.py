@@ -104,7 +104,23 @@ def test_threshold_refuses_a_measure_that_cannot_be_called(measure):
         Threshold(measure, limit=0.1)
 
 
-@pytest.mark.parametrize("limit", ["a", None, [0.1], torch.ones(2)])
+def test_what_a_priority_does_in_place_is_not_seen():
+    losses = LOSSES.clone()
+    assert ask(lambda values: values.neg_().argmax(), losses) == 0
+    assert torch.equal(losses, LOSSES)
+
+
+@pytest.mark.parametrize("limit", [math.nan, np.float32("nan")])
+def test_threshold_refuses_to_compare_with_nan(limit):
+    with pytest.raises(ValueError, match="limit must be a number to compare with, got nan"):
+        Threshold(torch.mean, limit=limit)
+    set_later = Threshold(torch.mean, limit=0.1)
+    set_later.limit = limit
+    with pytest.raises(ValueError, match="limit must be"):
+        set_later(LOSSES)
+
+
+@pytest.mark.parametrize("limit", ["a", None, [0.1], torch.ones(2), True])
 def test_threshold_refuses_a_limit_that_is_no_number_whenever_it_is_set(limit):
     with pytest.raises(TypeError, match="limit must be a number or a 0-dim tensor, got"):
         Threshold(torch.mean, limit=limit)
@@ -117,3 +133,5 @@ def test_threshold_refuses_a_limit_that_is_no_number_whenever_it_is_set(limit):
 def test_threshold_refuses_a_measure_that_returns_no_tensor():
     with pytest.raises(TypeError, match="measure must return a 0-dim tensor, got None"):
         Threshold(lambda losses: None, limit=0.1)(LOSSES)
+    with pytest.raises(TypeError, match=r"measure must return a 0-dim tensor, got tensor\(\[3"):
+        Threshold(lambda losses: losses, limit=0.1)(LOSSES)

@@ -61,6 +61,16 @@ def test_constant_refuses_what_is_no_list_of_finite_numbers(weights):
         Constant(weights)
 
 
+def test_constant_takes_a_tensor_and_keeps_its_numbers():
+    given = torch.nn.Parameter(torch.tensor([0.25, 3.0]))
+    rule = Constant(given)
+    with torch.no_grad():
+        given.zero_()
+    weights = weigh(torch.eye(2, dtype=torch.float64), 0, rule=rule).weights
+    assert weights.tolist() == [0.25, 3.0]
+    assert not weights.requires_grad
+
+
 def test_constant_refuses_another_number_of_losses():
     with pytest.raises(ValueError, match="weights for 2 losses, got 3 losses"):
         weigh(torch.eye(3, dtype=torch.float64), 0, rule=Constant((1, 1)))

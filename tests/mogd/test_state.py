@@ -309,6 +309,9 @@ def foreign_states():
             state | {"moments": moments | {"norms": torch.ones(3, dtype=torch.float64)}},
             r"'gramian' of shape \(2, 2\), expected \(3, 3\)",
         ),
+        "no moments": (state | {"moments": 3}, "state_dict is damaged: .*'int'"),
+        "no tensor": (state | {"moments": moments | {"count": 5}}, "state_dict is damaged: "),
+        "no number": (state | {"skipped": "x"}, "state_dict is damaged: "),
     }
 
 
@@ -322,6 +325,9 @@ def foreign_states():
         "other groups",
         "no norms",
         "other K",
+        "no moments",
+        "no tensor",
+        "no number",
     ],
 )
 def test_foreign_state_is_refused_with_nothing_changed(kind):
