@@ -139,8 +139,9 @@ def _check_zipped(file: IO[bytes], size: int) -> None:
         if len(set(names)) < len(names):
             raise ValueError("two members of one name")
         for name in archive.namelist():
+            content = _content(archive, name)  # raises of a wrong checksum, which torch ignores
             if name.lower().endswith("data.pkl"):
-                _check_pickles(io.BytesIO(_content(archive, name)), 1)
+                _check_pickles(io.BytesIO(content), 1)
 
 
 def _content(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -81,7 +81,8 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise UserError(f"{path}: not a checkpoint of robust-app, or damaged") from error
+        reason = "not a checkpoint of robust-app, or damaged; put a copy back, or train anew"
+        raise UserError(f"{path}: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != "robust-app 1":
         raise UserError(f"{path}: not a checkpoint of robust-app")
     return content

@@ -13,6 +13,7 @@ from robust_app.examination import Examination
 from robust_app.exchange import outside
 from robust_app.options import DataRoot, Device, Download, Epsilon, VerifierNames
 from robust_app.run_directory import RunDirectory
+from robust_app.verify_run import check_data
 
 OF_OUTSIDE = "Of a network from elsewhere: "
 
@@ -68,6 +69,8 @@ def evaluate(
     changes = {name: value for name, value in given.items() if value is not None}
     if (target is None) == (model is None):
         raise UserError("evaluate: give one of RUN_DIR, FILE.onnx and --model FILE.py:FUNCTION")
+    if target is not None and target.suffix != ".onnx" and target.is_file():
+        raise UserError(f"evaluate: expected the folder of a run or a FILE.onnx, found {target}")
     with distributed.join(device) as world:
         if not world.leads:
             return
@@ -107,5 +110,6 @@ def _evaluate_run(
     config = directory.config()
     how = dataclasses.replace(Examination.of(config), **changes)
     dataset = data.load(config.dataset, data_root or directory.data_root(), download)
+    check_data(directory, dataset)
     with directory.locked():
         runner.evaluate(directory, dataset.to(device), reporting.console(), how, config.seed)

@@ -1,12 +1,14 @@
 """A run in its directory: begun or resumed, saved after every epoch, evaluated at the end."""
 
+import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from robust_app import checkpoint, divergence
-from robust_app.config import Config
+from robust_app import checkpoint, divergence, documents
+from robust_app.config import Config, differences
 from robust_app.data import Dataset
 from robust_app.divergence import Diverged
 from robust_app.errors import UserError, one_line
@@ -17,6 +19,29 @@ from robust_app.training import Trainer
 from robust_app.watching import Watcher
 
 FORMAT = {"format": "robust-app 1"}
+
+
+def content(config: Config, **values: Any) -> dict[str, Any]:
+    """What a file of a run holds, with the configuration that it was made with."""
+    return FORMAT | {"config": config.to_toml()} | values
+
+
+def check_config(saved: dict[str, Any], config: Config, path: Path) -> None:
+    """See that a file was made with the configuration that the run has now.
+
+    Where the data lie may have changed: that they are the same, their checksum tells.
+
+    Raises:
+        UserError: if it was made with another, or does not say with which.
+    """
+    try:
+        made_with = Config.from_mapping(documents.parse_toml(saved["config"]))
+    except (LookupError, TypeError, AttributeError, ValueError, UserError) as error:
+        reason = "damaged, or of an older robust-app: it has no configuration"
+        raise UserError(f"{path}: {reason}") from error
+    found = differences(dataclasses.replace(made_with, dataset=config.dataset), config)
+    if found:
+        raise UserError(f"{path}: made with another configuration than config.toml has ({found})")
 
 
 def best_epoch(metrics: list[dict[str, Any]]) -> int | None:
@@ -68,7 +93,7 @@ def run(
         )
     if trainer.world.leads:
         if trainer.epochs_done == 0:
-            checkpoint.save(FORMAT | trainer.state_dict(), directory.checkpoint_file)
+            checkpoint.save(_state(trainer), directory.checkpoint_file)
         else:
             _mend(trainer, directory, metrics, watcher)
     while trainer.epochs_done < stop_after:
@@ -94,7 +119,7 @@ def _go_back(trainer: Trainer, directory: RunDirectory, watcher: Watcher, error:
     trainer.learning_rate_scale = scale
     if trainer.world.leads:
         directory.add_divergence(error.where, scale)
-        checkpoint.save(FORMAT | trainer.state_dict(), directory.checkpoint_file)
+        checkpoint.save(_state(trainer), directory.checkpoint_file)
     watcher.note(
         f"training diverged in {error.where}; it goes on after epoch {trainer.epochs_done} "
         f"at {scale:g} of the learning rate"
@@ -111,15 +136,19 @@ def _check_agreement(trainer: Trainer, directory: RunDirectory) -> None:
 
 def _save(trainer: Trainer, directory: RunDirectory, metrics: list[dict[str, Any]]) -> None:
     directory.write_metrics(metrics)
-    checkpoint.save(FORMAT | trainer.state_dict(), directory.checkpoint_file)
+    checkpoint.save(_state(trainer), directory.checkpoint_file)
     _save_networks(trainer, directory, metrics)
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    return content(trainer.config, **trainer.state_dict())
 
 
 def _save_networks(
     trainer: Trainer, directory: RunDirectory, metrics: list[dict[str, Any]]
 ) -> None:
     network = trainer.certifiable().state_dict()
-    model = FORMAT | {"epoch": trainer.epochs_done, "network": network}
+    model = content(trainer.config, epoch=trainer.epochs_done, network=network)
     if best_epoch(metrics) == trainer.epochs_done:
         checkpoint.save(model, directory.best_file)
     if trainer.config.stages and ends_stage(trainer.config, trainer.epochs_done):
@@ -153,6 +182,7 @@ def lost_best(directory: RunDirectory) -> str | None:
 def _restore(trainer: Trainer, directory: RunDirectory) -> None:
     path = directory.checkpoint_file
     state = checkpoint.load(path)
+    check_config(state, trainer.config, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of what is refused here anyway
@@ -178,13 +208,14 @@ def load_network(
         which: ``"best"``, ``"last"`` or ``"stage-S"``, as it was when stage S ended.
 
     Raises:
-        UserError: if the file is missing, damaged or of another network.
+        UserError: if the file is missing, damaged, of another network or configuration.
     """
-    path = directory.path / f"{which}.pt"
+    path, config = directory.path / f"{which}.pt", directory.config()
     saved = checkpoint.load(path)
     if not {"network", "epoch"} <= saved.keys() or not isinstance(saved["epoch"], int):
         raise UserError(f"{path}: holds no network")
-    network = build_network(directory.config(), dataset)
+    check_config(saved, config, path)
+    network = build_network(config, dataset)
     checkpoint.restore(network, saved["network"], path)
     return network.eval().to(dataset.x_test.device), saved["epoch"]
 

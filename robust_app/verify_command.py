@@ -19,7 +19,9 @@ NAMES = {
     "standard_error": "standard",
     "pgd_error": "PGD",
     "verified_error": "verified",
+    "certified": "certified",
     "falsified": "falsified",
+    "undecided": "undecided",
 }
 
 
@@ -71,7 +73,7 @@ def _row(claim: Claim) -> tuple[str, ...]:
     >>> _row(Claim("metrics.jsonl", 3, "standard_error", 4.0, 4.25, {}))
     ('metrics.jsonl', '3', 'standard', '4.00%', '4.25%', 'off by +0.25')
     """
-    unit = "" if claim.figure == "falsified" else "%"
+    unit = "%" if claim.figure.endswith("_error") else ""
     shown = [
         "" if value is None else f"{value:.2f}%" if unit else str(value)
         for value in (claim.reported, claim.found)

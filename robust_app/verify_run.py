@@ -18,7 +18,7 @@ from robust_app.errors import UserError, shown
 from robust_app.examination import Examination
 from robust_app.run_directory import RunDirectory
 
-FIGURES = ("standard_error", "pgd_error", "verified_error", "falsified")
+FIGURES = ("standard_error", "pgd_error", "verified_error", "certified", "falsified", "undecided")
 
 Networks = Mapping[int, nn.Module]
 """Those that a run keeps, by their epoch."""
@@ -71,9 +71,12 @@ def check_files(directory: RunDirectory) -> None:
     """See that a run has what its figures were measured by and are kept in.
 
     Raises:
-        UserError: a file is missing, damaged or holds fewer epochs than the checkpoint.
+        UserError: a file is missing, damaged, of another configuration or of other epochs than
+            the checkpoint.
     """
-    done = checkpoint.load(directory.checkpoint_file).get("epochs_done")
+    state = checkpoint.load(directory.checkpoint_file)
+    session.check_config(state, directory.config(), directory.checkpoint_file)
+    done = state.get("epochs_done")
     if not isinstance(done, int) or not INTEGER.admits(done):
         raise UserError(f"{directory.checkpoint_file}: damaged (it does not say how many epochs)")
     found = len(directory.metrics())
@@ -83,6 +86,13 @@ def check_files(directory: RunDirectory) -> None:
         )
     if lost := session.lost_best(directory):
         raise UserError(lost)
+    best = session.best_epoch(directory.metrics()[:done])
+    for path, expected in ((directory.best_file, best), (directory.last_file, done)):
+        epoch = checkpoint.load(path)["epoch"] if expected and path.exists() else expected
+        if epoch != expected:
+            raise UserError(
+                f"{path}: expected the network of epoch {expected}, found that of epoch {epoch}"
+            )
 
 
 def load_networks(directory: RunDirectory, dataset: Dataset) -> Networks:

@@ -14,6 +14,7 @@ from robust_app.examination import Examination
 from robust_app.exchange.export import export as write
 from robust_app.options import DataRoot, Download, Epsilon, VerifierNames
 from robust_app.run_directory import RunDirectory
+from robust_app.verify_run import check_data
 
 NETWORKS = ("best", "last")
 
@@ -53,6 +54,7 @@ def export(
     if verifier is not None:
         how = dataclasses.replace(how, verifiers=verifiers.parse(verifier))
     dataset = data.load(config.dataset, data_root or directory.data_root(), download)
+    check_data(directory, dataset)
     chosen = _chosen(dataset, images, indices, config.seed)
     loaded, epoch = session.load_network(directory, dataset, network)
     folder = out or run_dir / "export"

@@ -84,6 +84,20 @@ def test_a_truncated_file_is_refused(tmp_path, cut):
         checkpoint.load(tmp_path / "a.pt")
 
 
+def test_a_changed_bit_of_a_number_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(CONTENT | {"numbers": torch.full((64,), 0.1)}, path)
+    whole = path.read_bytes()
+    number = np.float32(0.1).tobytes()
+    first = whole.index(number * 64)
+    for place in (first, first + 4 * 63 + 3):  # of a mantissa and of an exponent
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a\.pt: not .*, or damaged; put a copy back"):
+            checkpoint.load(path)
+
+
 def test_other_files_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
     with pytest.raises(UserError, match="not a checkpoint"):

@@ -118,6 +118,7 @@ def test_images_of_another_shape_are_refused(here, tmp_path):
         (("model.onnx", "--weights", "w.pt", *ON_DIGITS), ("--weights", "FILE.onnx has its own")),
         (("absent.onnx", *ON_DIGITS), ("absent.onnx", "cannot be read as ONNX")),
         (("absent", "--epsilon", "0.1"), ("absent", "no run here")),
+        (("networks.py", *ON_DIGITS), ("the folder of a run or a FILE.onnx, found networks.py",)),
         ((".", "--dataset", "digits"), ("--dataset", "a run has its own")),
         ((".", "--output", "o.json"), ("--output", "a run has its own")),
         (("model.onnx", "--dataset", "digit", "--epsilon", "0.1"), ("'digit'", "'digits'")),

@@ -12,7 +12,7 @@ from robust_app.examination import Examination, measure
 from robust_app.networks import build_network
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
-from robust_app.session import FORMAT, ends_stage, load_network, run
+from robust_app.session import content, ends_stage, load_network, run
 from robust_app.training import Trainer
 from tests.robust_app.runs import ALONE, assert_same_files, few_digits, full_strength, trained
 
@@ -114,8 +114,8 @@ def test_more_images_than_there_are_is_refused(digits, network):
 def test_a_saved_network_is_loaded_with_its_epoch(tmp_path, digits, network):
     directory = RunDirectory(tmp_path)
     directory.start(DIGITS)
-    content = FORMAT | {"epoch": 5, "network": network.state_dict()}
-    checkpoint.save(content, directory.stage_file(2))
+    saved = content(DIGITS, epoch=5, network=network.state_dict())
+    checkpoint.save(saved, directory.stage_file(2))
     loaded, epoch = load_network(directory, digits, "stage-2")
     assert epoch == 5
     assert not loaded.training
@@ -128,7 +128,7 @@ def test_a_saved_network_is_loaded_with_its_epoch(tmp_path, digits, network):
 def test_a_file_without_a_network_is_refused(tmp_path, digits):
     directory = RunDirectory(tmp_path)
     directory.start(DIGITS)
-    checkpoint.save(FORMAT | {"epoch": 5}, directory.last_file)
+    checkpoint.save(content(DIGITS, epoch=5), directory.last_file)
     with pytest.raises(UserError, match=r"last\.pt: holds no network$"):
         load_network(directory, digits, "last")
 

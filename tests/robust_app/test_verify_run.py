@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from robust_app import checkpoint, environment
+from robust_app import checkpoint, environment, session
 from robust_app.environment import FACTS
 from robust_app.run_directory import RunDirectory
 from robust_app.verify_run import Claim, differences
@@ -66,12 +66,17 @@ def rewrite(run, name, change):
     file.write_text(json.dumps(entries))
 
 
+def relabel(file, **changes):
+    """Change what a file of torch.save says."""
+    checkpoint.save(checkpoint.load(file) | changes, file)
+
+
 def test_a_run_as_it_was_made_agrees_in_every_figure(robust_app, run):
     before = {file.name: file.read_bytes() for file in run.path.iterdir()}
     status, out, err = robust_app("verify-run", "run")
     assert (status, err) == (0, "")
     kept = {checkpoint.load(file)["epoch"] for file in (run.best_file, run.last_file)}
-    compared = 2 * len(kept) + 4 * len(run.results())
+    compared = 2 * len(kept) + 6 * len(run.results())
     assert f"{compared} figures compared: none differ\n" in out
     assert out.count(" same ") == compared
     assert "off by" not in out
@@ -95,6 +100,31 @@ def test_a_figure_that_is_not_so_is_told_with_its_distance(robust_app, run):
     assert "figures compared: 2 differ\n" in out
     assert "made in another environment" in out
     assert "commit: 1a2b, here" in out
+
+
+@pytest.mark.parametrize("figure", ["certified", "undecided", "falsified"])
+def test_a_count_that_is_not_so_is_told(robust_app, run, figure):
+    results = run.results()
+    results[-1][figure] += 1
+    run.results_file.write_text(json.dumps(results))
+    status, out, _ = robust_app("verify-run", "run")
+    assert status == 1
+    assert out.count("off by -1") == 1
+    assert "figures compared: 1 differs\n" in out
+
+
+@pytest.mark.parametrize("change", ["seed = 1/seed = 5", "regularization = 0.5/regularization = 2"])
+@pytest.mark.parametrize(
+    "command", [("verify-run",), ("evaluate",), ("export",), ("train", "--resume", "--run-dir")]
+)
+def test_a_changed_configuration_is_refused(robust_app, run, change, command):
+    old, new = change.split("/")
+    text = run.config_file.read_text()
+    assert old in text
+    run.config_file.write_text(text.replace(old, new))
+    name = old.split()[0]
+    words = ("made with another configuration than config.toml has", f"({name}: ")
+    assert_refused(robust_app(*command, "run"), *words)
 
 
 def test_another_network_is_noticed(robust_app, run):
@@ -130,8 +160,13 @@ def test_other_data_are_refused_in_one_line(robust_app, run, tmp_path, made):
     changed = {name: array.copy() for name, array in made["data"].items()}
     changed["x_test"][3, 4, 5] ^= 1
     np.savez(tmp_path / "mine.npz", **changed)
-    for command in (("verify-run", "run"), ("train", "--run-dir", "run", "--resume")):
+    before = run.results()
+    for command in (
+        *(("verify-run", "run"), ("train", "--run-dir", "run", "--resume")),
+        *(("evaluate", "run"), ("export", "run")),
+    ):
         assert_refused(robust_app(*command), "run: made on other data than these", "--data-root")
+    assert run.results() == before
     rewrite(run, "environment.json", lambda made: made.pop("data"))  # known from the results
     assert_refused(robust_app("verify-run", "run"), "results.json: entry 1 is of other data")
 
@@ -157,7 +192,7 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
     rewrite(run, "results.json", later)
     status, out, _ = robust_app("verify-run", "run")
     assert status == 0
-    assert out.count("this network is not kept") == 4 * len(run.results())
+    assert out.count("this network is not kept") == 6 * len(run.results())
     measured = dict.fromkeys(("standard_error", "verified_error"))
     run.write_metrics([line | measured for line in run.metrics()])  # so that nothing is left
     assert_refused(robust_app("verify-run", "run"), "nothing to verify")
@@ -215,8 +250,20 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
             ("checkpoint.pt: not a checkpoint of robust-app, or damaged",),
         ),
         (
-            lambda run: checkpoint.save({"format": "robust-app 1"}, run.checkpoint_file),
+            lambda run: checkpoint.save(session.content(run.config()), run.checkpoint_file),
             ("checkpoint.pt: damaged (it does not say how many epochs)",),
+        ),
+        (
+            lambda run: checkpoint.save({"format": "robust-app 1"}, run.checkpoint_file),
+            ("checkpoint.pt: damaged, or of an older robust-app: it has no configuration",),
+        ),
+        (
+            lambda run: relabel(run.best_file, epoch=99),
+            ("best.pt: expected the network of epoch", "found that of epoch 99"),
+        ),
+        (
+            lambda run: relabel(run.last_file, epoch=1),
+            ("last.pt: expected the network of epoch 3, found that of epoch 1",),
         ),
         (lambda run: run.best_file.unlink(), ("best.pt: missing, the network of epoch",)),
         (

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from robust_app import checkpoint
 from tests.robust_app.refusals import assert_refused
 
 
@@ -93,9 +94,10 @@ def test_without_its_packages_it_says_what_to_install(
 def test_a_run_without_a_best_network_exports_its_last(robust_app, tmp_path, digits_run):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "last.pt").write_bytes((digits_run / "best.pt").read_bytes())
     config = (digits_run / "config.toml").read_text()
-    (run / "config.toml").write_text(re.sub("(?m)^held_out = .*", "held_out = 0", config))
+    config = re.sub("(?m)^held_out = .*", "held_out = 0", config)
+    (run / "config.toml").write_text(config)
+    checkpoint.save(checkpoint.load(digits_run / "best.pt") | {"config": config}, run / "last.pt")
     assert_refused(robust_app("export", "run", "--images", "1"), "--network", "expected last")
     options = ("--images", "1", "--network", "last", "--epsilon", "8/255")
     status, out, _ = robust_app("export", "run", *options)
