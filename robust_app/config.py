@@ -244,7 +244,8 @@ def _to_toml(value: object) -> str:
 def override(config: Config, assignments: Sequence[str]) -> Config:
     """The config with some fields set from ``key=value`` texts; of two for one key, the last wins.
 
-    A value is read as TOML; what is not TOML, such as a bare word, is a string.
+    A value is read as TOML, or as a fraction such as 8/255; what is neither, such as a bare word,
+    is a string.
 
     Raises:
         UserError: an assignment has no ``=``, its key is unknown or its value is refused.
@@ -257,7 +258,7 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise UserError(f"expected key=value, found {assignment!r}")
+            raise UserError(f"--set: expected key=value, found {assignment!r}")
         values[key.strip()] = _toml_value(text.strip())
     return Config.from_mapping(values)
 
@@ -266,7 +267,11 @@ def _toml_value(text: str) -> object:
     try:
         document = documents.parse_toml(f"value = {text}")
     except ValueError:
-        return text
+        numerator, slash, denominator = text.partition("/")
+        try:
+            return float(numerator) / float(denominator) if slash else text
+        except (ValueError, ArithmeticError):
+            return text
     # A line break in the text would add keys: then it is no value.
     return document["value"] if len(document) == 1 else text
 

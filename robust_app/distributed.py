@@ -185,7 +185,7 @@ def _choose(name: str, local_rank: int) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda":
         index = local_rank if device.index is None else device.index

@@ -23,17 +23,24 @@ class UserError(Exception):
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is in no table; it says which are, or of many the nearest one.
 
+    Where none is near, it names the command that lists them.
+
     >>> print(unknown("--execution", "fast", ["eager", "graph", "compile"]))
     unknown --execution 'fast'; known are 'eager', 'graph', 'compile'
     >>> print(unknown("recipe", "digit", ["cifar10", "digits", "mnist", "mnist-dm-small", "svhn"]))
     unknown recipe 'digit'; the nearest known is 'digits'
+    >>> print(unknown("recipe", "x", ["cifar10", "digits", "mnist", "mnist-dm-small", "svhn"]))
+    unknown recipe 'x'; `robust-app recipes` shows what is known
     """
     known = list(known)
     if len(known) <= FEW:
         return UserError(f"unknown {kind} {shown(name)}; known are {', '.join(map(repr, known))}")
     # To compare a very long name takes very long.
-    nearest = difflib.get_close_matches(name[:SHOWN], known, n=1, cutoff=0.0)[0]
-    return UserError(f"unknown {kind} {shown(name)}; the nearest known is {nearest!r}")
+    near = difflib.get_close_matches(name[:SHOWN], known, n=1, cutoff=0.5)
+    if near:
+        return UserError(f"unknown {kind} {shown(name)}; the nearest known is {near[0]!r}")
+    listing = "recipes digits" if kind == "key" else f"{kind}s"
+    return UserError(f"unknown {kind} {shown(name)}; `robust-app {listing}` shows what is known")
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

@@ -1,5 +1,6 @@
 """The methods: which losses a step has, what attacks, and the rule that weighs the losses."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -139,33 +140,61 @@ def check(config: Config) -> None:
     """See that a run's method fits the rest of its configuration.
 
     Raises:
-        UserError: if there is no such method or a field would be ignored where it matters.
+        UserError: if there is no such method, or a field is set that the run would ignore.
     """
     method = find(config.method)
-    if config.adversarial_epochs > 0 and "adversarial" not in method.losses:
-        raise UserError(
-            f"adversarial_epochs: expected 0 for {config.method}, "
-            f"found {config.adversarial_epochs:g}"
-        )
-    if config.box_regularizers > 0 and method.losses in (("natural",), ("adversarial",)):
-        raise UserError(
-            f"box_regularizers: expected 0 for {config.method}, found {config.box_regularizers:g}"
-        )
+    for name, (ignored, neutral) in _ignored(config, method).items():
+        value = getattr(config, name)
+        if ignored and value != neutral:
+            what = config.method
+            if name == "crop_padding":
+                what = "augment = false"
+            elif name == "preference" and config.authors_weights:
+                what = "authors_weights"
+            raise UserError(f"{name}: expected {_said(neutral)} for {what}, found {_said(value)}")
     if config.method == "latent-adversarial" and config.stages == 0:
         raise UserError("stages: expected at least 1 for latent-adversarial, found 0")
     if config.method == "diffai" and len(set(config.natural_weight)) > 1:
-        found = list(config.natural_weight)
+        found = _said(config.natural_weight)
         raise UserError(f"natural_weight: expected twice the same for diffai, found {found}")
-    if config.authors_weights and method.rule is not paper_rule:
-        raise UserError(f"authors_weights: expected false for {config.method}, found true")
-    if config.preference != (1.0, 1.0) and (method.rule is None or config.authors_weights):
-        what = "authors_weights" if config.authors_weights else config.method
-        found = list(config.preference)
-        raise UserError(f"preference: expected [1, 1] for {what}, found {found}")
-    if config.certified_epochs > 0 and method.losses != JOINT:
-        raise UserError(
-            f"certified_epochs: expected 0 for {config.method}, found {config.certified_epochs:g}"
-        )
+
+
+def _ignored(config: Config, method: Method) -> dict[str, tuple[bool, object]]:
+    """Of fields that some runs ignore: whether this one does, and the value to leave there."""
+    trains_adversarially = "adversarial" in method.losses
+    attacked = trains_adversarially or config.adversarial_epochs > 0
+    by_moments = method.rule is paper_rule
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    ignored = {
+        "box_regularizers": method.losses in (("natural",), ("adversarial",)),
+        "authors_weights": not by_moments,
+        "preference": method.rule is None or config.authors_weights,
+        "certified_epochs": method.losses != JOINT,
+        "regularization": not by_moments,
+        "moment_decay": not by_moments,
+        "attack_step": not attacked or method.attack is not fgsm_random,
+        "attack_steps": method.attack is not pgd,
+        "one_start_per_batch": not attacked or method.attack is fgsm,
+        "natural_weight": "mixed" not in method.losses,
+        "crown_share": not method.crown,
+        "crop_padding": not config.augment,
+    }
+    return {"adversarial_epochs": (not trains_adversarially, 0.0)} | {
+        name: (so, defaults[name]) for name, so in ignored.items()
+    }
+
+
+def _said(value: object) -> str:
+    """As a user writes it.
+
+    >>> _said(True), _said((1.0, 0.5)), _said(3.0)
+    ('true', '[1, 0.5]', '3')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_said, value))}]"
+    return f"{value:g}"
 
 
 def losses_of(method: Method, phase: Phase) -> tuple[str, ...]:

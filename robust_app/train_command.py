@@ -185,6 +185,9 @@ def _requested(
     """The configuration that the options describe, on top of a stored one if no recipe is named."""
     config = stored if recipe is None else None
     config = config or recipes.load("digits" if recipe is None else recipe)
+    for name, value in (("epochs", epochs), ("seed", seed)):
+        if value is not None and any(text.partition("=")[0].strip() == name for text in settings):
+            raise UserError(f"--{name}: give it or --set {name}, not both")
     if epochs is not None:
         config = configs.with_epochs(config, epochs)
     if seed is not None:

@@ -1,6 +1,6 @@
 """Damaged files of every format that the program reads: ``make fuzz``.
 
-    python -m tests.fuzz [FORMAT ...] --count N --seed S
+    python -m tests.fuzz [FORMAT ...] --count N --seed S --output FOLDER
     python -m tests.fuzz onnx --seed S --number 4711   # one file again, here, with its traceback
 
 A file is to be refused in one line, or to be valid still and gone on with. Whatever else happens is
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=COUNT, help="of files of each format")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, help="of one file to be tried again in this process")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--output", type=Path, help="folder; docs/results for a whole run")
     given = parser.parse_args(arguments)
     names = given.formats or list(FORMATS)
     if set(names) - FORMATS.keys():
@@ -42,14 +42,17 @@ def main(arguments: Sequence[str]) -> int:
             parser.error("--number: name one format")
         again(names[0], given.seed, given.number)
         return 0
+    whole = given.count == COUNT and not given.formats
+    output = given.output or (RESULTS if whole else Path(tempfile.mkdtemp(prefix="fuzz-")))
     console, tallies = Console(), dict[str, Tally]()
     facts = report.facts(" ".join(["python -m tests.fuzz", *arguments]), given.seed)
     for name in names:
         tallies[name] = run_apart(name, given.seed, range(given.count))
-        report.save(facts, tallies, given.output)
+        report.save(facts, tallies, output)
         for number, why in tallies[name].failed.items():
             console.print(f"{name} {number}: {why}", highlight=False, markup=False)
     console.print(report.table(tallies))
+    console.print(f"written to {output}", highlight=False, markup=False, soft_wrap=True)
     return 1 if any(tally.failed for tally in tallies.values()) else 0
 
 

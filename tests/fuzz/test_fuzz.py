@@ -13,7 +13,7 @@ import pytest
 
 from robust_app.errors import UserError
 from tests.fuzz import running, worker
-from tests.fuzz.__main__ import main
+from tests.fuzz.__main__ import RESULTS, main
 from tests.fuzz.catalogue import FORMATS
 from tests.fuzz.formats import Format
 from tests.fuzz.mutation import CANARY, PAYLOAD, Random, mutate_bytes, mutate_value
@@ -146,6 +146,10 @@ def test_the_command_saves_what_became_of_the_files(tmp_path, capsys):
     assert figures["files"] + figures["could not be made"] == 5
     assert figures["facts"]["seed"] == 3
     assert "environment" in capsys.readouterr().out
+    kept = (RESULTS / "reliability-files.json").read_bytes()
+    assert main(["environment", "--count", "2", "--seed", "3"]) == 0  # a part: not over the whole
+    assert (RESULTS / "reliability-files.json").read_bytes() == kept
+    assert "written to" in capsys.readouterr().out
     main(["environment", "--seed", "3", "--number", "2"])
     assert "re" in capsys.readouterr().out
 

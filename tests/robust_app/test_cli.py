@@ -360,8 +360,14 @@ def test_printing_an_unknown_recipe_names_the_nearest(robust_app):
         (("--recipe", ""), ("unknown recipe ''",)),
         (("--recipe", "missing.toml"), ("missing.toml", "cannot be read")),
         (("--recipe", "."), ("recipe .", "ends in .toml")),
-        (("--recipe", "x" * 300), ("unknown recipe", "nearest")),
-        (("--recipe", "a/" * 3000), ("unknown recipe", "nearest")),
+        (("--recipe", "x" * 300), ("unknown recipe", "`robust-app recipes` shows")),
+        (("--recipe", "a/" * 3000), ("unknown recipe", "`robust-app recipes` shows")),
+        (("--set", "lr=1"), ("unknown key 'lr'", "`robust-app recipes digits` shows")),
+        (("--seed", "1", "--set", "seed=2"), ("--seed", "or --set seed, not both")),
+        (("--epochs", "4", "--set", " epochs =2"), ("--epochs", "or --set epochs, not both")),
+        (("--set", "epsilon=9/8"), ("epsilon", "[0, 1]", "1.125")),
+        (("--set", "epsilon=8/0"), ("epsilon", "[0, 1]", "'8/0'")),
+        (("--set", "attack_steps=50"), ("attack_steps", "10 for advibp", "50")),
         (("--execution", "fast"), ("--execution 'fast'", "known are 'eager', 'graph', 'compile'")),
         (("--set", "epsilom=0.1"), ("epsilom", "'epsilon'")),
         (("--set", "epsilon=2"), ("epsilon", "[0, 1]", "2")),
@@ -388,6 +394,7 @@ def test_printing_an_unknown_recipe_names_the_nearest(robust_app):
         (("--set", "dataset=npz:missing.npz"), ("missing.npz",)),
         (("--device", "cuda:99"), ("--device", "99")),
         (("--device", "tpu"), ("--device", "tpu")),
+        (("--device", "cpu:7"), ("--device", "cpu:7")),
         (("--resume",), ("--run-dir",)),
         (("--resume", "--run-dir", "nowhere"), ("nowhere", "no run here")),
     ],
@@ -446,7 +453,7 @@ def test_nan_in_the_data_is_refused(robust_app, tmp_path):
 def test_data_of_another_shape_than_the_recipes_are_refused(
     robust_app, tmp_path, shape, settings, words
 ):
-    x, y = np.zeros(shape, dtype=np.uint8), np.arange(10) % 2
+    x, y = np.full(shape, 9, dtype=np.uint8), np.arange(10) % 2
     np.savez(tmp_path / "tiny.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     arguments = [word for setting in settings for word in ("--set", setting)]
     outcome = robust_app(

@@ -245,6 +245,12 @@ def test_override_reads_values_as_toml_and_the_rest_as_strings():
     assert (config.epochs, config.seed) == (DIGITS.epochs, DIGITS.seed)
 
 
+def test_a_fraction_is_a_number_and_a_path_is_not():
+    config = override(DIGITS, ["epsilon=8/255", "dataset=npz:1/2", "learning_rate=1/0.5e3"])
+    assert (config.epsilon, config.learning_rate) == (8 / 255, 1 / 500)
+    assert config.dataset == "npz:1/2"
+
+
 def test_the_last_override_of_a_key_wins_and_none_changes_nothing():
     assert override(DIGITS, ["seed=1", "seed=2"]).seed == 2
     assert override(DIGITS, []) == DIGITS
@@ -259,7 +265,7 @@ def test_every_line_of_toml_is_an_override(config):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("epsilon", r"^expected key=value, found 'epsilon'$"),
+        ("epsilon", r"^--set: expected key=value, found 'epsilon'$"),
         ("epsilom=1", r"^unknown key 'epsilom'; the nearest known is 'epsilon'$"),
         ("=1", r"^unknown key ''"),
         ("epsilon=", r"^epsilon: expected a number in \[0, 1\], found ''$"),

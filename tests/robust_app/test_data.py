@@ -32,7 +32,7 @@ def arrays(**changes):
     """The four arrays of a valid .npz, some of them replaced."""
     values = {
         "x_train": np.arange(4 * 6 * 5, dtype=np.uint8).reshape(4, 6, 5),
-        "y_train": np.array([0, 1, 2, 0]),
+        "y_train": np.array([0, 1, 2, 3]),
         "x_test": np.zeros((2, 6, 5), dtype=np.uint8),
         "y_test": np.array([1, 3]),
     }
@@ -96,8 +96,8 @@ def test_npz_is_read(tmp_path):
     data = load_arrays(tmp_path)
     assert data.image_shape == (1, 6, 5)
     assert data.x_train[1, 0, 0].tolist() == [30, 31, 32, 33, 34]
-    assert data.y_train.tolist() == [0, 1, 2, 0]
-    assert data.classes == 4  # the largest label is in the test part
+    assert data.y_train.tolist() == [0, 1, 2, 3]
+    assert data.classes == 4
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -115,7 +115,9 @@ def test_npz_channels_may_come_last_or_first(tmp_path, channels):
 
 def test_npz_where_both_layouts_fit_is_read_with_channels_first(tmp_path):
     data = load_arrays(
-        tmp_path, x_train=np.zeros((4, 3, 7, 1), np.uint8), x_test=np.zeros((2, 3, 7, 1), np.uint8)
+        tmp_path,
+        x_train=np.full((4, 3, 7, 1), 2, np.uint8),
+        x_test=np.zeros((2, 3, 7, 1), np.uint8),
     )
     assert data.image_shape == (3, 7, 1)
 
@@ -130,9 +132,9 @@ def test_npz_floats_become_float32(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, ">i8", np.uint64])
 def test_npz_labels_become_int64(tmp_path, dtype):
-    data = load_arrays(tmp_path, y_train=np.array([0, 1, 2, 0], dtype=dtype))
+    data = load_arrays(tmp_path, y_train=np.array([0, 3, 2, 1], dtype=dtype))
     assert data.y_train.dtype == torch.int64
-    assert data.y_train.tolist() == [0, 1, 2, 0]
+    assert data.y_train.tolist() == [0, 3, 2, 1]
 
 
 def with_value(value, at=2):
@@ -159,6 +161,9 @@ def with_value(value, at=2):
         ({"y_test": np.zeros((2, 1), int)}, r"y_test: expected shape \(n,\), found \(2, 1\)"),
         ({"y_train": np.zeros(4)}, "y_train: expected integers, found float64"),
         ({"y_train": np.array([0, -1, -2, 1])}, "y_train: .*found 2 below, the first -1 at 1"),
+        ({"x_train": np.ones((4, 6, 5), np.uint8)}, r"x_train: .*none above 1; give .* as floats"),
+        ({"y_train": np.array([1, 2, 3, 1])}, "each class from 0 to 3, .*found none of 0$"),
+        ({"y_test": np.array([1, 6])}, "each class from 0 to 6, .*found none of 4, 5, 6$"),
     ],
 )
 def test_npz_with_other_content_is_refused(tmp_path, changes, message):

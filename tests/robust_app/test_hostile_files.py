@@ -360,11 +360,7 @@ def test_a_state_that_adam_could_not_step_from_is_refused(state, change):
 
 @pytest.mark.parametrize("padding", [9, 10**15])
 def test_crops_of_images_that_are_padded_out_of_sight_are_refused(padding):
-    for allowed in (
-        full_strength("advibp", augment=True, crop_padding=8),
-        full_strength("advibp", augment=False, crop_padding=padding),
-    ):
-        Trainer(allowed, few_digits(), ALONE)
+    Trainer(full_strength("advibp", augment=True, crop_padding=8), few_digits(), ALONE)
     with pytest.raises(UserError, match="crop_padding: expected at most 8"):
         Trainer(full_strength("advibp", augment=True, crop_padding=padding), few_digits(), ALONE)
 

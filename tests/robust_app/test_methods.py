@@ -88,7 +88,7 @@ def test_an_unknown_method_names_the_nearest():
         ),
         (
             {"method": "diffai", "adversarial_epochs": 0.0},
-            "natural_weight: expected twice the same for diffai, found [1.0, 0.5]",
+            "natural_weight: expected twice the same for diffai, found [1, 0.5]",
         ),
         (
             {"method": "weighted-sum", "authors_weights": True},
@@ -96,11 +96,11 @@ def test_an_unknown_method_names_the_nearest():
         ),
         (
             {"authors_weights": True, "preference": (1, 2)},
-            "preference: expected [1, 1] for authors_weights, found [1.0, 2.0]",
+            "preference: expected [1, 1] for authors_weights, found [1, 2]",
         ),
         (
             {"method": "ibp", "adversarial_epochs": 0.0, "preference": (1, 2)},
-            "preference: expected [1, 1] for ibp, found [1.0, 2.0]",
+            "preference: expected [1, 1] for ibp, found [1, 2]",
         ),
         (
             {"method": "ibp", "adversarial_epochs": 0.0, "certified_epochs": 2},
@@ -114,6 +114,26 @@ def test_an_unknown_method_names_the_nearest():
             {"method": "fgsm", "box_regularizers": 0.5},
             "box_regularizers: expected 0 for fgsm, found 0.5",
         ),
+        ({"attack_steps": 50}, "attack_steps: expected 10 for advibp, found 50"),
+        (
+            {"method": "pgd", "attack_step": 2.0},
+            "attack_step: expected 1.25 for pgd, found 2",
+        ),
+        (
+            {"method": "fgsm", "one_start_per_batch": True},
+            "one_start_per_batch: expected false for fgsm, found true",
+        ),
+        ({"natural_weight": (0, 0)}, "natural_weight: expected [1, 0.5] for advibp, found [0, 0]"),
+        ({"crown_share": (1, 1)}, "crown_share: expected [1, 0] for advibp, found [1, 1]"),
+        (
+            {"method": "weighted-sum", "regularization": 7},
+            "regularization: expected 0.5 for weighted-sum, found 7",
+        ),
+        (
+            {"method": "weighted-sum", "moment_decay": (0, 0)},
+            "moment_decay: expected [0.9, 0.99] for weighted-sum, found [0, 0]",
+        ),
+        ({"crop_padding": 9}, "crop_padding: expected 4 for augment = false, found 9"),
     ],
 )
 def test_a_configuration_that_a_method_would_ignore_is_refused(changes, message):

@@ -234,11 +234,15 @@ def test_statistics_must_fit_the_channels(mean, std):
         build("digits-cnn", (3, 8, 8), 10, mean, std)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "nearest"), [("dm-smal", "dm-small"), ("DM-Large", "dm-large"), ("?", "")]
-)
+@pytest.mark.parametrize(("wrong", "nearest"), [("dm-smal", "dm-small"), ("DM-Large", "dm-large")])
 def test_an_unknown_name_is_answered_with_the_nearest_one(wrong, nearest):
-    with pytest.raises(UserError, match=f"the nearest known is '{nearest}"):
+    with pytest.raises(UserError, match=f"the nearest known is '{nearest}'$"):
+        build(wrong, MNIST, 10)
+
+
+@pytest.mark.parametrize("wrong", ["?", "", "resnet"])
+def test_a_name_near_to_none_is_answered_with_where_they_are_listed(wrong):
+    with pytest.raises(UserError, match=r"; `robust-app models` shows what is known$"):
         build(wrong, MNIST, 10)
 
 
