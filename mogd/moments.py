@@ -167,7 +167,7 @@ class Moments:
         saved: dict[Tensor, Tensor] = {}
         for position in order:
             exp_avg = exp_avgs[position]
-            if position >= len(parameters):
+            if not 0 <= position < len(parameters):
                 raise ValueError(
                     f"state_dict['moments'] has parameter {position}, "
                     f"but the optimizer has only {len(parameters)}"

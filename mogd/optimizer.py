@@ -164,8 +164,8 @@ class UnbiasedMultiGradient(Wrapper):
                 loss or the rule no K weights.
             FloatingPointError: if a loss, its gradient or the weighted sum is not finite and
                 ``nonfinite`` is ``"raise"``; nothing has changed then.
-            RuntimeError: if a loss's graph was freed before, or processes that train one model hold
-                different gradients or weights.
+            RuntimeError: if a loss's graph was freed before, or compiled for one backward pass, or
+                processes that train one model hold different gradients or weights.
         """
         self = self._itself()
         if scaler is not None and not isinstance(scaler, GradScaler):
@@ -294,7 +294,7 @@ class UnbiasedMultiGradient(Wrapper):
                     "the state is of another weigh_by"
                 )
         guard = Guard(self._guard.policy)
-        guard.skipped = torch.tensor(state_dict["skipped"])
+        guard.skipped = torch.tensor(int(state_dict["skipped"]))
         return {
             "_moment_decay": betas,
             "_moments": moments,
@@ -327,7 +327,7 @@ class UnbiasedMultiGradient(Wrapper):
         gramian, norm_moments = moments.gramian(), moments.norms()
         prioritized = ask(self.priority, losses)
         # Copies, for a rule may work in place.
-        chosen = self.rule(gramian.clone(), norm_moments.clone(), prioritized)
+        chosen = self.rule(gramian.clone(), norm_moments.clone(), prioritized.clone())
         weighting = checked(chosen, len(losses), self.rule)
         total = slopes(weighting, losses)
         largest = largest_number(reached for of in collected.gradients for reached in of)

@@ -87,7 +87,7 @@ def _check_limit(limit: object) -> None:
     scalar = isinstance(limit, Tensor) and limit.dim() == 0
     if not scalar and (isinstance(limit, bool) or not isinstance(limit, Real)):
         raise TypeError(f"limit must be a number or a 0-dim tensor, got {limit!r}")
-    if isinstance(limit, Real) and math.isnan(limit):
+    if isinstance(limit, Real) and not limit <= math.inf:
         raise ValueError("limit must be a number to compare with, got nan")
 
 

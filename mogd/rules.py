@@ -117,6 +117,7 @@ class Constant(Rule):
             raise ValueError(
                 f"weights must be one finite number for each loss, got {self.weights!r}"
             )
+        # A list's own numbers, which a float32 tensor of them would round:
         given = weights.tolist() if isinstance(self.weights, Tensor) else self.weights
         object.__setattr__(self, "weights", tuple(map(float, given)))
 

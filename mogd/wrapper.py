@@ -69,9 +69,9 @@ class Wrapper(Optimizer):
             )
         try:
             attributes = self._from_added_state(state_dict)
-        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            self.base.load_state_dict(state_dict)
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"state_dict is damaged: {error}") from error
-        self.base.load_state_dict(state_dict)
         vars(self).update(attributes)
         for conclude in self._optimizer_load_state_dict_post_hooks.values():
             conclude(self)

@@ -263,13 +263,25 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
     return Config.from_mapping(values)
 
 
+def fraction(text: str) -> float:
+    """A number written as two, as radii of pixels often are.
+
+    Raises:
+        ValueError, ArithmeticError: if it is none.
+
+    >>> fraction("8/255") == 8 / 255
+    True
+    """
+    numerator, _, denominator = text.partition("/")
+    return float(numerator) / float(denominator)
+
+
 def _toml_value(text: str) -> object:
     try:
         document = documents.parse_toml(f"value = {text}")
     except ValueError:
-        numerator, slash, denominator = text.partition("/")
         try:
-            return float(numerator) / float(denominator) if slash else text
+            return fraction(text)
         except (ValueError, ArithmeticError):
             return text
     # A line break in the text would add keys: then it is no value.

@@ -84,8 +84,7 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     ``npz:PATH`` reads ``x_train``, ``y_train``, ``x_test`` and ``y_test``: images of shape
     (n, H, W), (n, C, H, W) or (n, H, W, C) with C in {1, 3}, as uint8 or as floats in [0, 1], and
     labels (n,), non-negative integers. A shape that fits the last two is read as (n, C, H, W). The
-    number of classes is the largest label plus one, at most :data:`CLASSES`; there must be training
-    images of each.
+    number of classes is the largest label plus one, at most :data:`CLASSES`.
 
     Args:
         name: a key of :data:`DATASETS`, ``npz:`` followed by a path.
@@ -101,7 +100,7 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     (1, 8, 8)
     """
     if name.startswith("npz:"):
-        return _plausible(_assemble(name, read_npz(Path(name.removeprefix("npz:")))))
+        return _assemble(name, read_npz(Path(name.removeprefix("npz:"))))
     if name == "digits":
         with resources.as_file(resources.files("robust_app") / "digits.npz") as path:
             return _assemble(name, read_npz(path))
@@ -150,8 +149,12 @@ def _assemble(
     return Dataset(name=name, classes=classes, mean=mean, std=std, **tensors)
 
 
-def _plausible(dataset: Dataset) -> Dataset:
-    """The data set, if it is not what a slip makes of one: black images, labels from 1."""
+def check_trainable(dataset: Dataset) -> None:
+    """See that the training part is not what a slip makes of one.
+
+    Raises:
+        UserError: its uint8 images are all but black, or it has none of some class.
+    """
     if dataset.x_train.dtype is torch.uint8 and dataset.x_train.max() <= 1:
         raise UserError(
             f"dataset {dataset.name}: x_train: expected uint8 from 0 to 255, found none above "
@@ -163,7 +166,6 @@ def _plausible(dataset: Dataset) -> Dataset:
             f"dataset {dataset.name}: expected training images of each class from 0 to "
             f"{dataset.classes - 1}, the largest label, found none of {shown(missing)[1:-1]}"
         )
-    return dataset
 
 
 def _images(where: str, x: NDArray[Any]) -> Tensor:

@@ -109,7 +109,7 @@ def _evaluate_run(
 ) -> None:
     config = directory.config()
     how = dataclasses.replace(Examination.of(config), **changes)
-    dataset = data.load(config.dataset, data_root or directory.data_root(), download)
+    dataset = data.load(config.dataset, data_root or directory.data_root(), download).to(device)
     check_data(directory, dataset)
     with directory.locked():
-        runner.evaluate(directory, dataset.to(device), reporting.console(), how, config.seed)
+        runner.evaluate(directory, dataset, reporting.console(), how, config.seed)

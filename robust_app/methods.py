@@ -129,7 +129,7 @@ def find(name: str) -> Method:
     """The method of that name.
 
     Raises:
-        UserError: if there is none; names the nearest.
+        UserError: if there is none; names the nearest, or the command that lists them.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
@@ -140,18 +140,20 @@ def check(config: Config) -> None:
     """See that a run's method fits the rest of its configuration.
 
     Raises:
-        UserError: if there is no such method, or a field is set that the run would ignore.
+        UserError: if there is no such method, or a setting of some methods is another than the
+            default for a method that ignores it.
     """
     method = find(config.method)
-    for name, (ignored, neutral) in _ignored(config, method).items():
+    neutral = {field.name: field.default for field in dataclasses.fields(Config)}
+    neutral["adversarial_epochs"] = 0.0
+    for name in _ignored(method):
         value = getattr(config, name)
-        if ignored and value != neutral:
-            what = config.method
-            if name == "crop_padding":
-                what = "augment = false"
-            elif name == "preference" and config.authors_weights:
-                what = "authors_weights"
-            raise UserError(f"{name}: expected {_said(neutral)} for {what}, found {_said(value)}")
+        if value != neutral[name]:
+            expected = f"{_said(neutral[name])} for {config.method}"
+            raise UserError(f"{name}: expected {expected}, found {_said(value)}")
+    if config.authors_weights and config.preference != (1.0, 1.0):
+        found = _said(config.preference)
+        raise UserError(f"preference: expected [1, 1] for authors_weights, found {found}")
     if config.method == "latent-adversarial" and config.stages == 0:
         raise UserError("stages: expected at least 1 for latent-adversarial, found 0")
     if config.method == "diffai" and len(set(config.natural_weight)) > 1:
@@ -159,29 +161,22 @@ def check(config: Config) -> None:
         raise UserError(f"natural_weight: expected twice the same for diffai, found {found}")
 
 
-def _ignored(config: Config, method: Method) -> dict[str, tuple[bool, object]]:
-    """Of fields that some runs ignore: whether this one does, and the value to leave there."""
-    trains_adversarially = "adversarial" in method.losses
-    attacked = trains_adversarially or config.adversarial_epochs > 0
-    by_moments = method.rule is paper_rule
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+def _ignored(method: Method) -> list[str]:
+    """The settings of some methods that this one ignores, and a user would not set in vain."""
+    adversarial = "adversarial" in method.losses
     ignored = {
+        "adversarial_epochs": not adversarial,
         "box_regularizers": method.losses in (("natural",), ("adversarial",)),
-        "authors_weights": not by_moments,
-        "preference": method.rule is None or config.authors_weights,
         "certified_epochs": method.losses != JOINT,
-        "regularization": not by_moments,
-        "moment_decay": not by_moments,
-        "attack_step": not attacked or method.attack is not fgsm_random,
+        "authors_weights": method.rule is not paper_rule,
+        "regularization": method.rule is not paper_rule,
+        "preference": method.rule is None,
+        "moment_decay": method.rule is None,
+        "attack_step": not adversarial or method.attack is not fgsm_random,
         "attack_steps": method.attack is not pgd,
-        "one_start_per_batch": not attacked or method.attack is fgsm,
-        "natural_weight": "mixed" not in method.losses,
-        "crown_share": not method.crown,
-        "crop_padding": not config.augment,
+        "one_start_per_batch": not adversarial or method.attack is fgsm,
     }
-    return {"adversarial_epochs": (not trains_adversarially, 0.0)} | {
-        name: (so, defaults[name]) for name, so in ignored.items()
-    }
+    return [name for name, so in ignored.items() if so]
 
 
 def _said(value: object) -> str:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from robust_app.config import fraction
 from robust_app.verifiers import VERIFIERS
 
 DataRoot = Annotated[
@@ -32,9 +33,8 @@ def number(text: str) -> float:
     >>> number("0.1"), number("8/255") == 8 / 255
     (0.1, True)
     """
-    numerator, slash, denominator = text.partition("/")
     try:
-        return float(numerator) / (float(denominator) if slash else 1.0)
+        return fraction(text) if "/" in text else float(text)
     except (ValueError, ArithmeticError):
         raise typer.BadParameter(f"expected a number, 0.1 or 8/255, found {text!r}") from None
 

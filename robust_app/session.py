@@ -11,7 +11,7 @@ from robust_app import checkpoint, divergence, documents
 from robust_app.config import Config, differences
 from robust_app.data import Dataset
 from robust_app.divergence import Diverged
-from robust_app.errors import UserError, one_line
+from robust_app.errors import SHOWN, UserError, one_line
 from robust_app.examination import Examination, find_result
 from robust_app.networks import build_network
 from robust_app.run_directory import RunDirectory
@@ -37,11 +37,12 @@ def check_config(saved: dict[str, Any], config: Config, path: Path) -> None:
     try:
         made_with = Config.from_mapping(documents.parse_toml(saved["config"]))
     except (LookupError, TypeError, AttributeError, ValueError, UserError) as error:
-        reason = "damaged, or of an older robust-app: it has no configuration"
+        reason = f"holds no configuration that this version reads ({one_line(error)})"
         raise UserError(f"{path}: {reason}") from error
     found = differences(dataclasses.replace(made_with, dataset=config.dataset), config)
     if found:
-        raise UserError(f"{path}: made with another configuration than config.toml has ({found})")
+        reason = "made with another configuration than config.toml has"
+        raise UserError(f"{path}: {reason} ({found[:SHOWN]})")
 
 
 def best_epoch(metrics: list[dict[str, Any]]) -> int | None:

@@ -96,6 +96,7 @@ def train(
     with _saying_how_to_continue(directory), distributed.join(device) as world:
         dataset = _load(config, data_root, download, world)
         check_data(directory, dataset)
+        data.check_trainable(dataset)
         trainer = Trainer(config, dataset, world, EXECUTIONS[execution])
         if not world.leads:
             runner.train(

@@ -44,7 +44,7 @@ def verify(
         dataset = dataset.to(world.device)
         verify_run.check_data(directory, dataset)
         networks = verify_run.load_networks(directory, dataset)
-        verify_run.check_files(directory)
+        verify_run.check_files(directory, networks)
         console = reporting.console()
         progress = partial(reporting.evaluating, console)
         claims = [

@@ -67,8 +67,8 @@ def check_data(directory: RunDirectory, dataset: Dataset) -> None:
         )
 
 
-def check_files(directory: RunDirectory) -> None:
-    """See that a run has what its figures were measured by and are kept in.
+def check_files(directory: RunDirectory, networks: Networks) -> None:
+    """See that a run has what its figures were measured by, these networks, and are kept in.
 
     Raises:
         UserError: a file is missing, damaged, of another configuration or of other epochs than
@@ -79,20 +79,20 @@ def check_files(directory: RunDirectory) -> None:
     done = state.get("epochs_done")
     if not isinstance(done, int) or not INTEGER.admits(done):
         raise UserError(f"{directory.checkpoint_file}: damaged (it does not say how many epochs)")
-    found = len(directory.metrics())
-    if found < done:
+    metrics = directory.metrics()
+    if len(metrics) < done:
         raise UserError(
-            f"{directory.metrics_file}: {done} epochs are done, found the metrics of {found}"
+            f"{directory.metrics_file}: {done} epochs are done, found the metrics of {len(metrics)}"
         )
     if lost := session.lost_best(directory):
         raise UserError(lost)
-    best = session.best_epoch(directory.metrics()[:done])
-    for path, expected in ((directory.best_file, best), (directory.last_file, done)):
-        epoch = checkpoint.load(path)["epoch"] if expected and path.exists() else expected
-        if epoch != expected:
-            raise UserError(
-                f"{path}: expected the network of epoch {expected}, found that of epoch {epoch}"
-            )
+    best = session.best_epoch(metrics[:done])
+    if best is not None and networks.keys() != {best, done}:
+        found = " and ".join(map(str, sorted(networks)))
+        raise UserError(
+            f"{directory.path}: expected the networks of epochs {best} and {done} in best.pt and "
+            f"last.pt, found {found}; if the run was broken off, train --resume makes them"
+        )
 
 
 def load_networks(directory: RunDirectory, dataset: Dataset) -> Networks:

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=COUNT, help="of files of each format")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, help="of one file to be tried again in this process")
-    parser.add_argument("--output", type=Path, help="folder; docs/results for a whole run")
+    parser.add_argument("--output", type=Path, help="else docs/results, or of a part a new folder")
     given = parser.parse_args(arguments)
     names = given.formats or list(FORMATS)
     if set(names) - FORMATS.keys():

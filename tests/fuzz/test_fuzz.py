@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -137,7 +138,8 @@ def test_a_process_that_dies_fails_at_its_number_and_the_others_are_tried(monkey
     assert (tally.files, tally.loaded) == (6, 5)
 
 
-def test_the_command_saves_what_became_of_the_files(tmp_path, capsys):
+def test_the_command_saves_what_became_of_the_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main(["environment", "--count", "5", "--seed", "3", "--output", str(tmp_path)]) == 0
     [found] = json.loads((tmp_path / "reliability-files.json").read_text()).items()
     name, figures = found

@@ -459,15 +459,12 @@ def test_the_priority_may_answer_in_any_kind_of_integer(answer):
 
 
 def test_a_priority_and_a_rule_that_work_in_place_change_nothing():
-    def in_place(gramian, norms, prioritized):
-        weighting = BisectorProjection()(gramian, norms, prioritized)
-        gramian.zero_()
-        norms.zero_()
-        return weighting
-
     class InPlace(Rule):
         def __call__(self, gramian, norms, prioritized):
-            return in_place(gramian, norms, prioritized)
+            weighting = BisectorProjection()(gramian, norms, prioritized)
+            for argument in (gramian, norms, prioritized):
+                argument.fill_(7)
+            return weighting
 
     def last(rule, priority):
         point = parameter(0.5, 0.5)
@@ -479,7 +476,7 @@ def test_a_priority_and_a_rule_that_work_in_place_change_nothing():
     scale = torch.tensor([1.0, 9.0])
     plain = last(BisectorProjection(), lambda losses: losses.mul(scale).argmax())
     changed = last(InPlace(), lambda losses: losses.mul_(scale).argmax())
-    for name in ("losses", "weights", "regularization", "gramian", "norms"):
+    for name in ("losses", "weights", "regularization", "gramian", "norms", "prioritized"):
         assert torch.equal(getattr(plain, name), getattr(changed, name)), name
 
 

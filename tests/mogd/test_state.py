@@ -311,7 +311,8 @@ def foreign_states():
         ),
         "no moments": (state | {"moments": 3}, "state_dict is damaged: .*'int'"),
         "no tensor": (state | {"moments": moments | {"count": 5}}, "state_dict is damaged: "),
-        "no number": (state | {"skipped": "x"}, "state_dict is damaged: "),
+        "no number": (state | {"skipped": [1, 2]}, "state_dict is damaged: "),
+        "no groups": (state | {"param_groups": 3}, "state_dict is damaged: "),
     }
 
 
@@ -328,6 +329,7 @@ def foreign_states():
         "no moments",
         "no tensor",
         "no number",
+        "no groups",
     ],
 )
 def test_foreign_state_is_refused_with_nothing_changed(kind):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robust_app import recipes
-from robust_app.config import Config, override, with_epochs
+from robust_app.config import Config, fraction, override, with_epochs
 from robust_app.errors import UserError, shown, unknown
 from robust_app.precision import PRECISIONS
 
@@ -246,6 +246,7 @@ def test_override_reads_values_as_toml_and_the_rest_as_strings():
 
 
 def test_a_fraction_is_a_number_and_a_path_is_not():
+    assert fraction("8/255") == 8 / 255
     config = override(DIGITS, ["epsilon=8/255", "dataset=npz:1/2", "learning_rate=1/0.5e3"])
     assert (config.epsilon, config.learning_rate) == (8 / 255, 1 / 500)
     assert config.dataset == "npz:1/2"

@@ -14,6 +14,7 @@ from robust_app.batches import as_float
 from robust_app.data import (
     DATASETS,
     Dataset,
+    check_trainable,
     load,
     split,
 )
@@ -161,15 +162,27 @@ def with_value(value, at=2):
         ({"y_test": np.zeros((2, 1), int)}, r"y_test: expected shape \(n,\), found \(2, 1\)"),
         ({"y_train": np.zeros(4)}, "y_train: expected integers, found float64"),
         ({"y_train": np.array([0, -1, -2, 1])}, "y_train: .*found 2 below, the first -1 at 1"),
-        ({"x_train": np.ones((4, 6, 5), np.uint8)}, r"x_train: .*none above 1; give .* as floats"),
-        ({"y_train": np.array([1, 2, 3, 1])}, "each class from 0 to 3, .*found none of 0$"),
-        ({"y_test": np.array([1, 6])}, "each class from 0 to 6, .*found none of 4, 5, 6$"),
     ],
 )
 def test_npz_with_other_content_is_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         load_arrays(tmp_path, **changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_train": np.ones((4, 6, 5), np.uint8)}, r"x_train: .*none above 1; give .* as floats"),
+        ({"y_train": np.array([1, 2, 3, 1])}, "each class from 0 to 3, .*found none of 0$"),
+        ({"y_test": np.array([1, 6])}, "each class from 0 to 6, .*found none of 4, 5, 6$"),
+    ],
+)
+def test_what_a_slip_makes_of_training_images_is_refused_for_training(tmp_path, changes, message):
+    check_trainable(load_arrays(tmp_path))
+    odd = load_arrays(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        check_trainable(odd)
 
 
 def test_npz_without_an_array_is_refused_with_what_it_holds(tmp_path):

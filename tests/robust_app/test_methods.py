@@ -123,17 +123,14 @@ def test_an_unknown_method_names_the_nearest():
             {"method": "fgsm", "one_start_per_batch": True},
             "one_start_per_batch: expected false for fgsm, found true",
         ),
-        ({"natural_weight": (0, 0)}, "natural_weight: expected [1, 0.5] for advibp, found [0, 0]"),
-        ({"crown_share": (1, 1)}, "crown_share: expected [1, 0] for advibp, found [1, 1]"),
         (
             {"method": "weighted-sum", "regularization": 7},
             "regularization: expected 0.5 for weighted-sum, found 7",
         ),
         (
-            {"method": "weighted-sum", "moment_decay": (0, 0)},
-            "moment_decay: expected [0.9, 0.99] for weighted-sum, found [0, 0]",
+            {"method": "pgd", "moment_decay": (0, 0)},
+            "moment_decay: expected [0.9, 0.99] for pgd, found [0, 0]",
         ),
-        ({"crop_padding": 9}, "crop_padding: expected 4 for augment = false, found 9"),
     ],
 )
 def test_a_configuration_that_a_method_would_ignore_is_refused(changes, message):

@@ -102,7 +102,7 @@ def test_a_figure_that_is_not_so_is_told_with_its_distance(robust_app, run):
     assert "commit: 1a2b, here" in out
 
 
-@pytest.mark.parametrize("figure", ["certified", "undecided", "falsified"])
+@pytest.mark.parametrize("figure", ["certified", "undecided"])
 def test_a_count_that_is_not_so_is_told(robust_app, run, figure):
     results = run.results()
     results[-1][figure] += 1
@@ -255,15 +255,16 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
         ),
         (
             lambda run: checkpoint.save({"format": "robust-app 1"}, run.checkpoint_file),
-            ("checkpoint.pt: damaged, or of an older robust-app: it has no configuration",),
+            ("checkpoint.pt: holds no configuration that this version reads ('config')",),
         ),
         (
             lambda run: relabel(run.best_file, epoch=99),
-            ("best.pt: expected the network of epoch", "found that of epoch 99"),
+            ("run: expected the networks of epochs", "and 3 in best.pt and last.pt", "and 99;"),
         ),
         (
-            lambda run: relabel(run.last_file, epoch=1),
-            ("last.pt: expected the network of epoch 3, found that of epoch 1",),
+            # As a kill leaves it, between the checkpoint of an epoch and its networks.
+            lambda run: [relabel(file, epoch=1) for file in (run.best_file, run.last_file)],
+            ("and 3 in best.pt and last.pt, found 1;", "train --resume makes them"),
         ),
         (lambda run: run.best_file.unlink(), ("best.pt: missing, the network of epoch",)),
         (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from robust_app import runner, session
+from robust_app import checkpoint, runner, session
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
@@ -120,9 +120,11 @@ def begin_as_shared(
             setup.shared_epochs,
         )
         directory.start(config)
-        for file in (shared.metrics_file, shared.best_file, shared.last_file):
-            shutil.copy(file, directory.path)
-        shutil.copy(shared.checkpoint_file, directory.path)  # last: with it the run has begun
+        shutil.copy(shared.metrics_file, directory.path)
+        # The checkpoint last: with it the run has begun.
+        for file in (shared.best_file, shared.last_file, shared.checkpoint_file):
+            saved = checkpoint.load(file) | {"config": config.to_toml()}
+            checkpoint.save(saved, directory.path / file.name)
 
 
 def train(
