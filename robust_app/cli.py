@@ -13,7 +13,7 @@ import mogd
 from robust_app import distributed, listings, reporting
 from robust_app import recipes as recipe_book
 from robust_app.distributed import ProcessLost
-from robust_app.errors import UserError, one_line
+from robust_app.errors import UserError, reason
 from robust_app.evaluate_command import evaluate
 from robust_app.exchange.command import export
 from robust_app.freed_memory import keep_freed_memory
@@ -127,7 +127,7 @@ def main() -> None:
             if error.filename is not None:
                 raise
             sys.stdout = io.StringIO()  # if it is that, Python would fail on it again at its end
-            status = _refuse(f"cannot read or write ({error.strerror or one_line(error)})")
+            status = _refuse(f"cannot read or write ({reason(error)})")
     sys.exit(stop.status or status)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robust_app import archives
-from robust_app.errors import UserError, one_line
+from robust_app.errors import UserError, reason
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -53,7 +53,7 @@ def read_npz(path: Path) -> Arrays:
     try:
         arrays, found = archives.read_arrays(path.expanduser(), KEYS)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError of a home that is not there
-        raise UserError(f"{path}: cannot be read as an .npz file ({_reason(error)})") from error
+        raise UserError(f"{path}: cannot be read as an .npz file ({reason(error)})") from error
     if len(arrays) < len(KEYS):
         raise UserError(
             f"{path}: expected the arrays {', '.join(KEYS)}, found {', '.join(found) or 'none'}"
@@ -95,9 +95,9 @@ def read_torchvision(name: str, source: Source, root: Path, download: bool) -> A
         }
     except Exception as error:  # a damaged file may raise almost anything
         problem = (
-            f"cannot be downloaded to {folder} ({_reason(error)})"
+            f"cannot be downloaded to {folder} ({reason(error)})"
             if missing
-            else f"the files in {folder} are damaged ({_reason(error)}); "
+            else f"the files in {folder} are damaged ({reason(error)}); "
             "delete them and use --download to fetch them again"
         )
         raise UserError(f"dataset {name}: {problem}") from error
@@ -130,9 +130,3 @@ def _idx(path: Path, dimensions: int) -> NDArray[Any]:
             )
         file.seek(-size, io.SEEK_END)
         return np.frombuffer(bytearray(file.read()), np.uint8).reshape(shape)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return one_line(error)

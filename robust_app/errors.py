@@ -53,6 +53,16 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return _printable(words[:most]) or type(error).__name__
 
 
+def reason(error: Exception) -> str:
+    """Why somebody else's code failed, as part of a line; of the system's errors without the path.
+
+    >>> reason(OSError(20, "Not a directory", "a/b")), reason(ValueError("odd"))
+    ('Not a directory', 'odd')
+    """
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or one_line(error)
+
+
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from robust_app.config import fraction
+from robust_app.overrides import fraction
 from robust_app.verifiers import VERIFIERS
 
 DataRoot = Annotated[

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from robust_app import documents
 from robust_app.checkpoint import replacing
 from robust_app.config import Config
-from robust_app.errors import UserError
+from robust_app.errors import UserError, reason
 from robust_app.metrics import SHOWN
 
 METRICS = ("standard_error", "verified_error", "seconds")  # what is read of an epoch's metrics
@@ -99,7 +99,7 @@ class RunDirectory:
         except FileNotFoundError:
             raise UserError(f"{self.path}: no run here (config.toml is missing)") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.config_file}: cannot be read ({_reason(error)})") from error
+            raise UserError(f"{self.config_file}: cannot be read ({reason(error)})") from error
         except UserError as error:
             raise UserError(f"{self.config_file}: {error}") from None
 
@@ -176,10 +176,6 @@ def next_free(parent: Path, name: str) -> Path:
     return path
 
 
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
 def _json(content: Any, indent: int | None = None) -> str:
     """As :mod:`robust_app.documents` reads it again, which takes finite numbers alone."""
     return json.dumps(content, indent=indent, allow_nan=False) + "\n"
@@ -197,7 +193,7 @@ def _read_list(path: Path, keys: Iterable[str], lines: bool = False) -> list[dic
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)})") from error
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise UserError(f"{path}: cannot be read (expected mappings)")
     missing = sorted({key for entry in found for key in keys if key not in entry})

@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from robust_app import checkpoint, divergence, documents
-from robust_app.config import Config, differences
+from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.divergence import Diverged
 from robust_app.errors import SHOWN, UserError, one_line
 from robust_app.examination import Examination, find_result
 from robust_app.networks import build_network
+from robust_app.overrides import differences
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 from robust_app.watching import Watcher

@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-from robust_app import config as configs
-from robust_app import data, distributed, divergence, recipes, reporting, runner, session
+from robust_app import data, distributed, divergence, overrides, recipes, reporting, runner, session
 from robust_app.capture import EXECUTIONS
 from robust_app.config import Config
 from robust_app.data import Dataset
@@ -87,7 +86,7 @@ def train(
         directory.check_free()
     config = _requested(stored, recipe, settings or [], epochs, seed)
     if stored is not None and config != stored:
-        raise UserError(f"--resume: the run has {configs.differences(stored, config)}")
+        raise UserError(f"--resume: the run has {overrides.differences(stored, config)}")
     until = min(stop_after or config.total_epochs, config.total_epochs)
     data_root = data_root or directory.data_root()
     on_divergence = on_divergence or directory.on_divergence() or divergence.STOP
@@ -190,10 +189,10 @@ def _requested(
         if value is not None and any(text.partition("=")[0].strip() == name for text in settings):
             raise UserError(f"--{name}: give it or --set {name}, not both")
     if epochs is not None:
-        config = configs.with_epochs(config, epochs)
+        config = overrides.with_epochs(config, epochs)
     if seed is not None:
         settings = [f"seed={seed}", *settings]
-    config = configs.override(config, settings)
+    config = overrides.override(config, settings)
     kind, colon, path = config.dataset.partition(":")
     if not colon:
         return config

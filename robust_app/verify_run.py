@@ -68,7 +68,7 @@ def check_data(directory: RunDirectory, dataset: Dataset) -> None:
 
 
 def check_files(directory: RunDirectory, networks: Networks) -> None:
-    """See that a run has what its figures were measured by, these networks, and are kept in.
+    """See that the files of a run are whole and belong to one another, its networks among them.
 
     Raises:
         UserError: a file is missing, damaged, of another configuration or of other epochs than

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from robust_app import config as configs
-from robust_app import models, recipes
+from robust_app import models, overrides, recipes
 from robust_app.config import Config
 from robust_app.errors import UserError
 from robust_app.examination import Examination
@@ -198,7 +197,7 @@ def _trains(config: Config) -> Config:
 
 
 def _scaled(config: Config, scale: float) -> Config:
-    return configs.with_epochs(config, max(1, round(config.epochs * scale)))
+    return overrides.with_epochs(config, max(1, round(config.epochs * scale)))
 
 
 def _seeded(config: Config, seed: int) -> Config:

@@ -8,10 +8,11 @@ import torch
 from rich.console import Console
 
 from robust_app import checkpoint, data, environment, examination, reporting, runner, session
-from robust_app.config import Config, differences
+from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.errors import UserError
+from robust_app.overrides import differences
 from robust_app.reproduction import measurements, plan, report, sheets
 from robust_app.reproduction.measurements import Measurement
 from robust_app.reproduction.paper import Row, Table

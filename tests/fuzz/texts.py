@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from robust_app import curves, data, methods, pictures, recipes
-from robust_app.config import Config, override, with_epochs
+from robust_app.config import Config
 from robust_app.events import Events
 from robust_app.examination import Examination
 from robust_app.metrics import SHOWN, values
+from robust_app.overrides import override, with_epochs
 from robust_app.plot import read as read_metrics
 from robust_app.reporting import Silent
 from robust_app.reproduction import measurements, paper

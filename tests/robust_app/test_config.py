@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robust_app import recipes
-from robust_app.config import Config, fraction, override, with_epochs
+from robust_app.config import Config
 from robust_app.errors import UserError, shown, unknown
+from robust_app.overrides import fraction, override, with_epochs
 from robust_app.precision import PRECISIONS
 
 DIGITS = recipes.load("digits")

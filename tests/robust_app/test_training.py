@@ -5,9 +5,9 @@ import torch
 
 from robust_app import batch_norm, checkpoint, data, training
 from robust_app.batch_norm import BatchNorm
-from robust_app.config import override
 from robust_app.distributed import World
 from robust_app.errors import UserError
+from robust_app.overrides import override
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
 from robust_app.schedules import Phase

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from robust_app import certificates, crown, data, margins, recipes, session
 from robust_app.attacks import pgd, uniform_start
 from robust_app.batches import as_float
-from robust_app.config import with_epochs
 from robust_app.distributed import World
 from robust_app.evaluation import CHUNK
 from robust_app.interval import Interval
+from robust_app.overrides import with_epochs
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from robust_app import data, environment, recipes
-from robust_app.config import override, with_epochs
 from robust_app.freed_memory import keep_freed_memory
+from robust_app.overrides import override, with_epochs
 from tests.studies import report
 from tests.studies.running import Setup, carry_out, row
 from tests.studies.studies import STUDIES, Study

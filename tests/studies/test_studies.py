@@ -14,8 +14,8 @@ from mogd import BisectorProjection, Fixed, UnbiasedMultiGradient
 from mogd.priority import ask
 from mogd.rules import conflicting
 from robust_app import methods, recipes
-from robust_app.config import override, with_epochs
 from robust_app.errors import UserError
+from robust_app.overrides import override, with_epochs
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
 from robust_app.session import load_network, run
