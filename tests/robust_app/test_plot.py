@@ -53,6 +53,11 @@ def test_pictures_without_a_name_are_refused(robust_app, name):
     assert_refused(outcome, "--out", "expected a name of a picture")
 
 
+def test_pictures_of_other_kinds_are_refused(robust_app):
+    outcome = robust_app("plot", "new", "--out", "figure.pdf")
+    assert_refused(outcome, "--out", "expected", ".png or .svg", "found 'figure.pdf'")
+
+
 def test_a_run_in_progress_is_drawn_without_its_lock(robust_app):
     with begun("run", epochs=1).locked():
         assert robust_app("plot", "run")[0] == 0
