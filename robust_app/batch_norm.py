@@ -34,6 +34,9 @@ class BatchNorm(nn.Module):
         channels: C, at least 1.
         eps: added to the variance, above 0.
 
+    Attributes:
+        frozen: whether the running statistics are those of training too, and stay as they are.
+
     Shape:
         ``(batch, C)`` or ``(batch, C, H, W)`` to the same.
 
@@ -47,6 +50,7 @@ class BatchNorm(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
+        self.frozen = False
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -56,8 +60,8 @@ class BatchNorm(nn.Module):
 
     @property
     def has_statistics(self) -> bool:
-        """Whether there are statistics to normalise by: always so in evaluation."""
-        return self._kept is not None or not self.training
+        """Whether there are statistics to normalise by: in evaluation, and frozen, always."""
+        return self._kept is not None or self.frozen or not self.training
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The layer as ``scale * x + shift``, each ``(C,)``.
@@ -117,7 +121,7 @@ def clean_statistics(network: nn.Module, x: Tensor) -> Iterator[Callable[[], Ten
 
     Yields:
         ``logits()``, the network's output at ``x``: that of the pass above, or where no BatchNorm
-        layer is in training mode, of a pass made when it is first called.
+        layer is in training mode and not frozen, of a pass made when it is first called.
 
     Raises:
         ValueError: the batch has only one value per channel at some layer.
@@ -127,7 +131,7 @@ def clean_statistics(network: nn.Module, x: Tensor) -> Iterator[Callable[[], Ten
     ...     print(logits().flatten(), network(torch.tensor([[2.0]])))
     tensor([-1.,  1.]) tensor([[0.]])
     """
-    layers = [layer for layer in batch_norms(network) if layer.training]
+    layers = [layer for layer in batch_norms(network) if layer.training and not layer.frozen]
     logits = cache(partial(network, x))
     try:
         if layers:
@@ -146,7 +150,8 @@ def estimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     images as they hold. All processes must call this together, each with its share of each batch.
 
     Args:
-        network: any; without BatchNorm layers nothing happens. Its mode is left as it was.
+        network: any; without BatchNorm layers that are not frozen nothing happens. Its mode is
+            left as it was.
         batches: clean images, ``(batch, ...)`` each.
 
     Raises:
@@ -157,7 +162,7 @@ def estimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     >>> network[0].running_mean, network[0].running_var
     (tensor([3.5000]), tensor([0.5000]))
     """
-    layers = batch_norms(network)
+    layers = [layer for layer in batch_norms(network) if not layer.frozen]
     if not layers:
         return
     modes = [(module, module.training) for module in network.modules()]

@@ -20,7 +20,8 @@ class Captured(Eager):
     """Captures a step in a CUDA graph and replays it with other data and numbers.
 
     Steps that consist of other operations are captured anew, after :data:`WARM_UP` real steps; of
-    these a run has few: one for each phase, and for each part of a loss that comes or goes.
+    these a run has few: one for each phase, for each part of a loss that comes or goes, and once
+    BatchNorm is frozen.
     """
 
     name = "graph"
@@ -45,7 +46,7 @@ class Captured(Eager):
 
     def __call__(self, now: Setting, x: Tensor, labels: Tensor, start: Tensor) -> Report:
         inputs = (x, labels, start)
-        structure = (now.phase, *all_or_nothing(now).items())
+        structure = (now.phase, now.first_norm_frozen, *all_or_nothing(now).items())
         if structure != self._structure:
             self._structure, self._taken, self._replay = structure, 0, None
             self._values = Values.tensors(now, self.device)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from robust_app.batch_norm import batch_norms
 from robust_app.interval import Interval
 from robust_app.losses import Objective
 from robust_app.steps import Batch, Losses, Shares
@@ -32,7 +33,8 @@ class Weights:
 class CompiledLosses(Losses):
     """:class:`~robust_app.steps.Losses` for one process and for batches of one shape.
 
-    A loss is noted and compiled when it is first asked for, and again if parts of it come or go.
+    A loss is noted and compiled when it is first asked for, and again if parts of it come or go or
+    BatchNorm is frozen.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -79,7 +81,8 @@ class CompiledLosses(Losses):
             return loss, found, torch.autograd.grad(loss, leaves, allow_unused=True)
 
         tensors = (*state.values(), *changing.values(), *points)
-        key = (name, *numbers.items())
+        frozen = tuple(layer.frozen for layer in batch_norms(self.network))
+        key = (name, frozen, *numbers.items())
         if key not in self._compiled:
             operations = make_fx(evaluate)(*tensors)
             self._compiled[key] = torch.compile(operations, fullgraph=True, dynamic=False)

@@ -105,6 +105,8 @@ class Config:
         ramp_epochs: R, in which ε grows from 0 to ε_train, counted from the end of the warm-up.
         certified_epochs: train on the certified loss alone for so long after the warm-up; the
             authors' code does until ε_train is reached, the paper not at all.
+        first_norm_epochs: epochs, counted from the start of the run, after which the first
+            BatchNorm layer keeps the statistics that it has; inf for never.
         fosc_maximum: c_max. The threshold c_t stays there until the ramp ends.
         fosc_decay_epochs: T', in which c_t then falls to 0.
         moment_decay: (β₁, β₂), each in [0, 1).
@@ -157,6 +159,7 @@ class Config:
     adversarial_epochs: Annotated[float, NONNEGATIVE]  # T_adv
     ramp_epochs: Annotated[float, NONNEGATIVE]  # R
     certified_epochs: Annotated[float, NONNEGATIVE] = 0.0
+    first_norm_epochs: Annotated[float, LIMIT] = math.inf
     fosc_maximum: Annotated[float, NONNEGATIVE]  # c_max
     fosc_decay_epochs: Annotated[float, NONNEGATIVE]  # T'
     moment_decay: Annotated[tuple[float, float], DECAYS] = (0.9, 0.99)  # β₁, β₂

@@ -90,7 +90,7 @@ def with_epochs(config: Config, epochs: int) -> Config:
         return duration * epochs / config.epochs
 
     phases = ("natural_epochs", "adversarial_epochs", "certified_epochs")
-    durations = (*phases, "ramp_epochs", "fosc_decay_epochs")
+    durations = (*phases, "ramp_epochs", "fosc_decay_epochs", "first_norm_epochs")
     changes: dict[str, Any] = {name: scaled(getattr(config, name)) for name in durations}
     for name in ("milestones", "stage_milestones"):
         changes[name] = tuple(map(scaled, getattr(config, name)))

@@ -112,6 +112,7 @@ class Setting:
         natural_weight: κ of the methods that add the natural to the certified loss.
         crown_share: β of the methods that mix CROWN-IBP with interval bounds.
         box_regularizers: weight of the two regularisers of boxes.
+        first_norm_frozen: whether the first BatchNorm layer keeps its statistics.
     """
 
     stage: int = 0
@@ -122,6 +123,7 @@ class Setting:
     natural_weight: float
     crown_share: float
     box_regularizers: float
+    first_norm_frozen: bool = False
 
 
 def setting(config: Config, t: float) -> Setting:
@@ -149,6 +151,7 @@ def setting(config: Config, t: float) -> Setting:
         natural_weight=between(config.natural_weight, ramp),
         crown_share=between(config.crown_share, ramp),
         box_regularizers=config.box_regularizers * (1 - ramp),
+        first_norm_frozen=t >= config.first_norm_epochs,
     )
 
 

@@ -28,6 +28,7 @@ configs = st.builds(
     dataset=texts,
     model=texts,
     batch_norm=st.booleans(),
+    first_norm_epochs=st.floats(0, exclude_min=True),
     ibp_initialization=st.booleans(),
     method=texts,
     epsilon=units,
