@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from robust_app.batch_norm import (
     BatchNorm,
+    batch_norms,
     clean_statistics,
     estimate,
     of_all_processes,
@@ -256,6 +257,41 @@ def test_estimating_changes_the_running_statistics_alone(training):
         for which in ("mean", "var")
     }
     assert network.eval()(images()).isfinite().all()
+
+
+def test_a_frozen_layer_has_its_running_statistics_in_training_too():
+    network, x = digits_network().train(), images()
+    estimate(network, [1 - images()])
+    first, *others = batch_norms(network)
+    first.frozen = True
+    before = network[: list(network).index(others[0])]
+    with clean_statistics(network, x), torch.no_grad():
+        assert all(map(torch.equal, first.scale_and_shift(), first.running_scale_and_shift()))
+        mean, variance = others[0]._kept
+        torch.testing.assert_close(mean, before(x).mean((0, 2, 3)))
+        torch.testing.assert_close(variance, before(x).var((0, 2, 3), correction=0))
+
+
+def test_estimating_leaves_a_frozen_layer_as_it_is():
+    network, x = digits_network(), images()
+    estimate(network, [1 - x])
+    first, *others = batch_norms(network)
+    first.frozen, before = True, first.running_scale_and_shift()
+    estimate(network, [x])
+    assert all(map(torch.equal, first.running_scale_and_shift(), before))
+    with clean_statistics(network.train(), x):
+        for layer in others:
+            torch.testing.assert_close(layer.scale_and_shift(), layer.running_scale_and_shift())
+
+
+def test_where_all_layers_are_frozen_no_pass_is_made_for_statistics():
+    network = digits_network().train()
+    for layer in batch_norms(network):
+        layer.frozen = True
+    estimate(network, iter(lambda: pytest.fail("asked"), None))
+    network.register_forward_hook(lambda *_: pytest.fail("a pass"))
+    with clean_statistics(network, images()):
+        pass
 
 
 def test_one_batchs_running_statistics_are_its_own():

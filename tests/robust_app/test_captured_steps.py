@@ -77,7 +77,12 @@ def test_every_step_of_a_structure_reads_the_same_memory():
 
 @pytest.mark.parametrize(
     "change",
-    [{"phase": Phase.NATURAL}, {"natural_weight": 1.0}, {"crown_share": 0.5}],
+    [
+        {"phase": Phase.NATURAL},
+        {"natural_weight": 1.0},
+        {"crown_share": 0.5},
+        {"first_norm_frozen": True},
+    ],
     ids=str,
 )
 def test_another_structure_has_memory_of_its_own(change):

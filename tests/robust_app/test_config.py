@@ -300,6 +300,11 @@ def test_with_epochs_keeps_the_shares_of_the_run(epochs):
     assert config.milestones[0] / epochs == pytest.approx(DIGITS.milestones[0] / DIGITS.epochs)
 
 
+def test_with_epochs_keeps_the_share_after_which_the_first_norm_is_frozen():
+    config = dataclasses.replace(DIGITS, first_norm_epochs=DIGITS.epochs / 4)
+    assert with_epochs(config, 2 * DIGITS.epochs).first_norm_epochs == DIGITS.epochs / 2
+
+
 def test_with_epochs_of_the_same_length_changes_nothing():
     for config in RECIPES:
         assert with_epochs(config, config.epochs) == config

@@ -1,5 +1,7 @@
 """The loop: determinism, resuming, divergence, and what a Config changes."""
 
+import math
+
 import pytest
 import torch
 
@@ -217,6 +219,32 @@ def test_shi_et_als_training_starts_from_their_weights_and_saves_no_batch_norm(t
     with torch.no_grad():
         expected = trainer.network.eval()(x)
     torch.testing.assert_close(network(x).detach(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_first_norm_keeps_its_statistics_from_the_time_that_is_set_on(tmp_path):
+    few, first = few_digits(), ("1.running_mean", "1.running_var")
+    never, frozen = (
+        Trainer(full_strength("advibp", first_norm_epochs=t, **SHI), few, ALONE)
+        for t in (math.inf, 1.0)
+    )
+    for trainer in (never, frozen):
+        trainer.train_epoch(Silent())
+    assert torch.equal(parameters_of(never), parameters_of(frozen))
+    before = {name: value.clone() for name, value in frozen.network.state_dict().items()}
+    for trainer in (never, frozen):
+        trainer.train_epoch(Silent())
+    after = frozen.network.state_dict()
+    assert {name for name in before if torch.equal(before[name], after[name])} == set(first)
+    assert not any(torch.equal(never.network.state_dict()[name], after[name]) for name in first)
+    assert not torch.equal(parameters_of(never), parameters_of(frozen))
+
+
+def test_a_run_with_a_frozen_norm_resumes_to_the_same_bits(tmp_path):
+    config, few = full_strength("advibp", first_norm_epochs=1.5, **SHI), few_digits()
+    unbroken = trained(config, tmp_path / "unbroken", (4,), few)
+    resumed = trained(config, tmp_path / "resumed", (1, 2, 3, 4), few)
+    assert torch.equal(parameters_of(unbroken), parameters_of(resumed))
+    assert_same_files(tmp_path / "unbroken", tmp_path / "resumed")
 
 
 def test_box_regularizers_change_the_ramp_and_nothing_after_it(tmp_path):
