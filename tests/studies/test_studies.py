@@ -1,5 +1,6 @@
 """Studies on a few digits, end to end; examples in their docstrings hold."""
 
+import copy
 import dataclasses
 import doctest
 import importlib
@@ -14,13 +15,24 @@ from mogd import BisectorProjection, Fixed, UnbiasedMultiGradient
 from mogd.priority import ask
 from mogd.rules import conflicting
 from robust_app import methods, recipes
+from robust_app.batch_norm import clean_statistics
 from robust_app.errors import UserError
+from robust_app.interval import Interval
+from robust_app.losses import certified_loss
 from robust_app.overrides import override, with_epochs
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
 from robust_app.session import load_network, run
-from tests.robust_app.runs import assert_same_files, few_digits, full_strength, trained
-from tests.studies import report
+from robust_app.training import Trainer
+from tests.robust_app.runs import (
+    ALONE,
+    SHI,
+    assert_same_files,
+    few_digits,
+    full_strength,
+    trained,
+)
+from tests.studies import batch_statistics, report
 from tests.studies.__main__ import main, work
 from tests.studies.running import Setup, VariedTrainer, carry_out, row, slug
 from tests.studies.studies import STUDIES, Study
@@ -233,3 +245,32 @@ def test_every_run_of_a_study_has_a_configuration(study):
         dataclasses.replace(config, **variation.changes)
         if variation.joint and study.shared_epochs:
             assert study.shared_epochs <= config.natural_epochs + config.certified_epochs
+
+
+def test_batch_statistics_are_taken_in_the_layers_that_are_named():
+    trainer = Trainer(full_strength("ibp", **SHI), few_digits(), ALONE)
+    trainer.train_epoch(Silent())
+    before = copy.deepcopy(trainer.network.state_dict())
+    found = batch_statistics.study(trainer, 2)
+    assert all(map(torch.equal, before.values(), trainer.network.state_dict().values()))
+
+    random = torch.Generator().manual_seed(trainer.config.seed)
+    for batch in range(2):
+        rows = torch.randint(len(trainer.x), (32,), generator=random)
+        x, labels = trainer.x[rows].float() / 255, trainer.labels[rows]
+        box = Interval.around(x, trainer.config.epsilon)
+        running = certified_loss(trainer.network.eval(), box, labels)
+        trainer.network[1].frozen = False
+        with clean_statistics(trainer.network[1].train(), trainer.network[0](x)):
+            first = certified_loss(trainer.network, box, labels)
+        for name, loss in (("none", running), ("layer 1", first)):
+            assert found[name][batch, 0] == pytest.approx(loss.item())
+    assert found["all"].shape == (2, 2)
+    assert not torch.allclose(found["layer 1"], found["none"])
+
+
+def test_outsized_gradients_are_counted_from_three_medians_on():
+    lengths = torch.tensor([1.0, 2.0, 2.0, 6.0, 6.1])
+    found = {"all": torch.stack([torch.arange(5.0), lengths], dim=1)}
+    *_, row = batch_statistics.table(found).splitlines()
+    assert row == "| all | 2.000 | 4.00 | 2.0 | 6.1 | 1 of 5 |"
