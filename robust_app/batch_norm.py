@@ -28,14 +28,15 @@ class BatchNorm(nn.Module):
 
     In evaluation the statistics are ``running_mean`` and ``running_var``, which only
     :func:`estimate` sets. In training they are those of the clean batch of
-    :func:`clean_statistics`, outside of which there are none.
+    :func:`clean_statistics`, outside of which there are none, unless they are frozen.
 
     Args:
         channels: C, at least 1.
         eps: added to the variance, above 0.
 
     Attributes:
-        frozen: whether the running statistics are those of training too, and stay as they are.
+        statistics_frozen: normalise by the running statistics in training too, and leave them as
+            they are; ``weight`` and ``bias`` train on.
 
     Shape:
         ``(batch, C)`` or ``(batch, C, H, W)`` to the same.
@@ -50,7 +51,7 @@ class BatchNorm(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.frozen = False
+        self.statistics_frozen = False
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -61,13 +62,13 @@ class BatchNorm(nn.Module):
     @property
     def has_statistics(self) -> bool:
         """Whether there are statistics to normalise by: in evaluation, and frozen, always."""
-        return self._kept is not None or self.frozen or not self.training
+        return self._kept is not None or self.statistics_frozen or not self.training
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The layer as ``scale * x + shift``, each ``(C,)``.
 
         Raises:
-            RuntimeError: in training outside of :func:`clean_statistics`.
+            RuntimeError: in training outside of :func:`clean_statistics`, if not frozen.
         """
         if not self.has_statistics:
             raise RuntimeError(_NO_STATISTICS)
@@ -131,7 +132,9 @@ def clean_statistics(network: nn.Module, x: Tensor) -> Iterator[Callable[[], Ten
     ...     print(logits().flatten(), network(torch.tensor([[2.0]])))
     tensor([-1.,  1.]) tensor([[0.]])
     """
-    layers = [layer for layer in batch_norms(network) if layer.training and not layer.frozen]
+    layers = [
+        layer for layer in batch_norms(network) if layer.training and not layer.statistics_frozen
+    ]
     logits = cache(partial(network, x))
     try:
         if layers:
@@ -162,7 +165,7 @@ def estimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     >>> network[0].running_mean, network[0].running_var
     (tensor([3.5000]), tensor([0.5000]))
     """
-    layers = [layer for layer in batch_norms(network) if not layer.frozen]
+    layers = [layer for layer in batch_norms(network) if not layer.statistics_frozen]
     if not layers:
         return
     modes = [(module, module.training) for module in network.modules()]
@@ -184,6 +187,22 @@ def estimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
             module.training = training
     if images == 0:
         raise ValueError("batches: expected at least one image, got none")
+
+
+def freeze_first(network: nn.Module, frozen: bool) -> None:
+    """Let the first BatchNorm layer keep its running statistics, or not; see :class:`BatchNorm`.
+
+    A network that is certified in a large ball tells bright pixels from dark ones by a threshold
+    in its first layer. Statistics of single batches shift it, and where the shift lets the dark
+    ones through, the gradient of the certified loss is a hundred times as long as usual; the other
+    layers' do no such thing (docs/results/what-we-tried.md).
+
+    Args:
+        network: any; without BatchNorm layers nothing happens.
+        frozen: whether to keep them.
+    """
+    for layer in batch_norms(network)[:1]:
+        layer.statistics_frozen = frozen
 
 
 class _OfAllProcesses(torch.autograd.Function):

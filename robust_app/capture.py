@@ -46,7 +46,7 @@ class Captured(Eager):
 
     def __call__(self, now: Setting, x: Tensor, labels: Tensor, start: Tensor) -> Report:
         inputs = (x, labels, start)
-        structure = (now.phase, now.first_norm_frozen, *all_or_nothing(now).items())
+        structure = (now.phase, now.first_batch_norm_frozen, *all_or_nothing(now).items())
         if structure != self._structure:
             self._structure, self._taken, self._replay = structure, 0, None
             self._values = Values.tensors(now, self.device)

@@ -81,7 +81,7 @@ class CompiledLosses(Losses):
             return loss, found, torch.autograd.grad(loss, leaves, allow_unused=True)
 
         tensors = (*state.values(), *changing.values(), *points)
-        frozen = tuple(layer.frozen for layer in batch_norms(self.network))
+        frozen = tuple(layer.statistics_frozen for layer in batch_norms(self.network))
         key = (name, frozen, *numbers.items())
         if key not in self._compiled:
             operations = make_fx(evaluate)(*tensors)

@@ -58,6 +58,7 @@ FACTOR = Rule("a number in (0, 1]", lambda v: _within(v, _TINY, 1), float)
 POSITIVE = Rule("a finite number above 0", lambda v: _within(v, _TINY, _HUGE), float)
 # In the range of floats, also times multipliers and divided by 1 - β₁ of Adam.
 RATE = Rule("a number above 0, up to 1e30", lambda v: _within(v, _TINY, 1e30), float)
+LATER = Rule("a number of at least 1, or inf", lambda v: _within(v, 1, math.inf), float)
 LIMIT = Rule("a number above 0, or inf", lambda v: _within(v, _TINY, math.inf), float)
 NONNEGATIVE = Rule("a finite number of at least 0", lambda v: _within(v, 0, _HUGE), float)
 NONNEGATIVES = Rule(
@@ -105,8 +106,9 @@ class Config:
         ramp_epochs: R, in which ε grows from 0 to ε_train, counted from the end of the warm-up.
         certified_epochs: train on the certified loss alone for so long after the warm-up; the
             authors' code does until ε_train is reached, the paper not at all.
-        first_norm_epochs: epochs, counted from the start of the run, after which the first
-            BatchNorm layer keeps the statistics that it has; inf for never.
+        first_batch_norm_frozen_from: epochs from the start of the run, at least 1, from when on
+            the first BatchNorm layer normalises by the statistics that the training images had at
+            the end of the epoch before; inf for never, and without ``batch_norm``.
         fosc_maximum: c_max. The threshold c_t stays there until the ramp ends.
         fosc_decay_epochs: T', in which c_t then falls to 0.
         moment_decay: (β₁, β₂), each in [0, 1).
@@ -159,7 +161,7 @@ class Config:
     adversarial_epochs: Annotated[float, NONNEGATIVE]  # T_adv
     ramp_epochs: Annotated[float, NONNEGATIVE]  # R
     certified_epochs: Annotated[float, NONNEGATIVE] = 0.0
-    first_norm_epochs: Annotated[float, LIMIT] = math.inf
+    first_batch_norm_frozen_from: Annotated[float, LATER] = math.inf
     fosc_maximum: Annotated[float, NONNEGATIVE]  # c_max
     fosc_decay_epochs: Annotated[float, NONNEGATIVE]  # T'
     moment_decay: Annotated[tuple[float, float], DECAYS] = (0.9, 0.99)  # β₁, β₂

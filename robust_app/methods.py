@@ -1,6 +1,7 @@
 """The methods: which losses a step has, what attacks, and the rule that weighs the losses."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -140,8 +141,8 @@ def check(config: Config) -> None:
     """See that a run's method fits the rest of its configuration.
 
     Raises:
-        UserError: if there is no such method, or a setting of some methods is another than the
-            default for a method that ignores it.
+        UserError: if there is no such method, or a setting is another than the default where the
+            method, or a network without BatchNorm, ignores it.
     """
     method = find(config.method)
     neutral = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -151,6 +152,11 @@ def check(config: Config) -> None:
         if value != neutral[name]:
             expected = f"{_said(neutral[name])} for {config.method}"
             raise UserError(f"{name}: expected {expected}, found {_said(value)}")
+    if not config.batch_norm and config.first_batch_norm_frozen_from != math.inf:
+        found = _said(config.first_batch_norm_frozen_from)
+        raise UserError(
+            f"first_batch_norm_frozen_from: expected inf without batch_norm, found {found}"
+        )
     if config.authors_weights and config.preference != (1.0, 1.0):
         found = _said(config.preference)
         raise UserError(f"preference: expected [1, 1] for authors_weights, found {found}")

@@ -90,9 +90,11 @@ def with_epochs(config: Config, epochs: int) -> Config:
         return duration * epochs / config.epochs
 
     phases = ("natural_epochs", "adversarial_epochs", "certified_epochs")
-    durations = (*phases, "ramp_epochs", "fosc_decay_epochs", "first_norm_epochs")
+    durations = (*phases, "ramp_epochs", "fosc_decay_epochs")
     changes: dict[str, Any] = {name: scaled(getattr(config, name)) for name in durations}
     for name in ("milestones", "stage_milestones"):
         changes[name] = tuple(map(scaled, getattr(config, name)))
+    # No sooner than there are statistics.
+    changes["first_batch_norm_frozen_from"] = max(1.0, scaled(config.first_batch_norm_frozen_from))
     changes["stage_epochs"] = max(1, round(scaled(config.stage_epochs)))
     return dataclasses.replace(config, epochs=epochs, **changes)

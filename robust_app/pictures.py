@@ -11,16 +11,8 @@ from matplotlib.figure import Figure
 from robust_app.checkpoint import replacing
 
 FORMATS = ("png", "svg")
-
-
-def other_format(suffix: str) -> bool:
-    """Whether a file of that suffix would be a picture of a kind that is not written here.
-
-    >>> other_format(".pdf"), other_format(".svg"), other_format(".1")
-    (True, False, False)
-    """
-    kind = suffix[1:].lower()
-    return kind not in FORMATS and kind in Figure().canvas.get_supported_filetypes()
+OTHER_FORMATS = ("pdf", "ps", "eps", "jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp")
+"""Whose suffixes mean a picture that is not written here."""
 
 
 def panels(count: int, across: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:

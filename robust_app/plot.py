@@ -21,12 +21,15 @@ def plot(
     """Draw losses, errors, ε, c_t, weights and conflicts over the epochs, a line a run."""
     if out.name in ("", ".."):
         raise UserError(f"--out: expected a name of a picture, found {str(out)!r}")
-    if pictures.other_format(out.suffix):
-        known = " or ".join(f".{kind}" for kind in pictures.FORMATS)
-        raise UserError(f"--out: expected a name that ends in {known} or neither, found '{out}'")
+    kind = out.suffix[1:].lower()
+    if kind in pictures.OTHER_FORMATS:
+        raise UserError(
+            "--out: expected a name without a suffix, or with .png or .svg (both are written), "
+            f"found {str(out)!r}"
+        )
     paths = [path.resolve() for path in run_dirs]
     runs = {label: read(path) for label, path in zip(labels(paths), paths, strict=True)}
-    name = out.with_suffix("") if out.suffix[1:] in pictures.FORMATS else out
+    name = out.with_suffix("") if kind in pictures.FORMATS else out
     files = [name.with_name(f"{name.name}.{kind}") for kind in pictures.FORMATS]
     pictures.save(curves.figure(runs), files)
     for file in files:

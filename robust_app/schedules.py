@@ -112,7 +112,8 @@ class Setting:
         natural_weight: κ of the methods that add the natural to the certified loss.
         crown_share: β of the methods that mix CROWN-IBP with interval bounds.
         box_regularizers: weight of the two regularisers of boxes.
-        first_norm_frozen: whether the first BatchNorm layer keeps its statistics.
+        first_batch_norm_frozen: whether the first BatchNorm layer keeps its statistics; never in
+            layer-wise stages, where there is none.
     """
 
     stage: int = 0
@@ -123,7 +124,7 @@ class Setting:
     natural_weight: float
     crown_share: float
     box_regularizers: float
-    first_norm_frozen: bool = False
+    first_batch_norm_frozen: bool = False
 
 
 def setting(config: Config, t: float) -> Setting:
@@ -151,7 +152,7 @@ def setting(config: Config, t: float) -> Setting:
         natural_weight=between(config.natural_weight, ramp),
         crown_share=between(config.crown_share, ramp),
         box_regularizers=config.box_regularizers * (1 - ramp),
-        first_norm_frozen=t >= config.first_norm_epochs,
+        first_batch_norm_frozen=t >= config.first_batch_norm_frozen_from,
     )
 
 

@@ -193,8 +193,7 @@ class Trainer:
         )
         for number, (x, labels, start) in enumerate(drawn):
             now = self._setting(epoch + number / steps)
-            for layer in batch_norm.batch_norms(self.network)[:1]:
-                layer.frozen = now.first_norm_frozen
+            batch_norm.freeze_first(self.network, now.first_batch_norm_frozen)
             with precision.products_in(self.config.precision):
                 report = self.run_step(now, x, labels, start)
             if not self._on_gpu:  # to look there would be to wait

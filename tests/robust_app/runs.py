@@ -107,7 +107,7 @@ def changing_runs(**changes: object) -> dict[str, Config]:
     kinds["joint with batch norm"] = {"method": "advibp", "adversarial_epochs": 0.5, **SHI}
     kinds["mixed with batch norm"] = {"method": "crown-ibp", "crown_share": (1.0, 0.0), **SHI}
     kinds["by fan-in"] = {"method": "advibp", "reference_fan_in": 30.0, **SHI}
-    kinds["a frozen norm"] = {"method": "advibp", "first_norm_epochs": 1.5, **SHI}
+    kinds["a frozen norm"] = {"method": "advibp", "first_batch_norm_frozen_from": 1.5, **SHI}
     kinds["authors"] = {"method": "advibp", "authors_weights": True, "certified_epochs": 1.5}
     kinds["one start"] = {"method": "pgd", "one_start_per_batch": True, "augment": True}
     return {

@@ -263,7 +263,7 @@ def test_a_frozen_layer_has_its_running_statistics_in_training_too():
     network, x = digits_network().train(), images()
     estimate(network, [1 - images()])
     first, *others = batch_norms(network)
-    first.frozen = True
+    first.statistics_frozen = True
     before = network[: list(network).index(others[0])]
     with clean_statistics(network, x), torch.no_grad():
         assert all(map(torch.equal, first.scale_and_shift(), first.running_scale_and_shift()))
@@ -276,7 +276,7 @@ def test_estimating_leaves_a_frozen_layer_as_it_is():
     network, x = digits_network(), images()
     estimate(network, [1 - x])
     first, *others = batch_norms(network)
-    first.frozen, before = True, first.running_scale_and_shift()
+    first.statistics_frozen, before = True, first.running_scale_and_shift()
     estimate(network, [x])
     assert all(map(torch.equal, first.running_scale_and_shift(), before))
     with clean_statistics(network.train(), x):
@@ -287,7 +287,7 @@ def test_estimating_leaves_a_frozen_layer_as_it_is():
 def test_where_all_layers_are_frozen_no_pass_is_made_for_statistics():
     network = digits_network().train()
     for layer in batch_norms(network):
-        layer.frozen = True
+        layer.statistics_frozen = True
     estimate(network, iter(lambda: pytest.fail("asked"), None))
     network.register_forward_hook(lambda *_: pytest.fail("a pass"))
     with clean_statistics(network, images()):

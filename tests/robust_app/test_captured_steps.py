@@ -81,7 +81,7 @@ def test_every_step_of_a_structure_reads_the_same_memory():
         {"phase": Phase.NATURAL},
         {"natural_weight": 1.0},
         {"crown_share": 0.5},
-        {"first_norm_frozen": True},
+        {"first_batch_norm_frozen": True},
     ],
     ids=str,
 )

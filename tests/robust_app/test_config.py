@@ -28,7 +28,7 @@ configs = st.builds(
     dataset=texts,
     model=texts,
     batch_norm=st.booleans(),
-    first_norm_epochs=st.floats(0, exclude_min=True),
+    first_batch_norm_frozen_from=st.floats(1),
     ibp_initialization=st.booleans(),
     method=texts,
     epsilon=units,
@@ -153,6 +153,8 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("stage_learning_rate", 0, "a number above 0, up to 1e30"),
         ("stage_milestones", [-1], "a list of finite numbers of at least 0"),
         ("crop_padding", -1, "an integer of at least 0, of 64 bits"),
+        ("first_batch_norm_frozen_from", 0.5, "a number of at least 1, or inf"),
+        ("first_batch_norm_frozen_from", math.nan, "a number of at least 1, or inf"),
         ("gradient_clip", 0, "a number above 0, or inf"),
         ("gradient_clip", math.nan, "a number above 0, or inf"),
         ("augment", 1, "true or false"),
@@ -183,6 +185,8 @@ def test_a_value_out_of_range_is_refused_by_name(name, value, expectation):
         ("crown_share", (1, 0)),
         ("stages", 0),
         ("crop_padding", 0),
+        ("first_batch_norm_frozen_from", 1),
+        ("first_batch_norm_frozen_from", math.inf),
         ("gradient_clip", math.inf),
         ("held_out", 0),
         ("seed", 0),
@@ -300,9 +304,11 @@ def test_with_epochs_keeps_the_shares_of_the_run(epochs):
     assert config.milestones[0] / epochs == pytest.approx(DIGITS.milestones[0] / DIGITS.epochs)
 
 
-def test_with_epochs_keeps_the_share_after_which_the_first_norm_is_frozen():
-    config = dataclasses.replace(DIGITS, first_norm_epochs=DIGITS.epochs / 4)
-    assert with_epochs(config, 2 * DIGITS.epochs).first_norm_epochs == DIGITS.epochs / 2
+@pytest.mark.parametrize(("epochs", "since"), [(80, 20), (10, 2.5), (4, 1), (1, 1)])
+def test_with_epochs_freezes_no_statistics_before_there_are_some(epochs, since):
+    config = dataclasses.replace(DIGITS, first_batch_norm_frozen_from=DIGITS.epochs / 4)
+    assert DIGITS.epochs == 40
+    assert with_epochs(config, epochs).first_batch_norm_frozen_from == since
 
 
 def test_with_epochs_of_the_same_length_changes_nothing():

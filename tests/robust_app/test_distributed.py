@@ -43,6 +43,11 @@ def parallel_kinds() -> dict[str, Config]:
     kinds["advcrown-ibp"] |= {"crown_share": (1.0, 0.5)}
     kinds["batch norm"] = {"method": "ibp", **SHI}
     kinds["joint with batch norm"] = {"method": "advibp", **SHI}
+    kinds["a frozen batch norm"] = {
+        "method": "advibp",
+        "first_batch_norm_frozen_from": 1.5,
+        **SHI,
+    }
     kinds["authors"] = {
         "method": "advibp",
         "certified_epochs": 1.0,
@@ -53,6 +58,10 @@ def parallel_kinds() -> dict[str, Config]:
     stages = {"stages": 2, "stage_epochs": 1, "stage_learning_rate": 1e-3}
     kinds["stages"] = {"method": "advibp", **later, **stages}
     kinds["stages with batch norm"] = {"method": "advibp", **later, **stages, **SHI}
+    kinds["stages after a frozen batch norm"] = kinds["stages with batch norm"] | {
+        "epochs": 2,
+        "first_batch_norm_frozen_from": 1.0,
+    }
     kinds["latent-adversarial"] = {"method": "latent-adversarial", **later, **stages}
     return {name: full_strength(**(ramp | changes)) for name, changes in kinds.items()}
 

@@ -99,6 +99,10 @@ def test_an_unknown_method_names_the_nearest():
             "preference: expected [1, 1] for authors_weights, found [1, 2]",
         ),
         (
+            {"first_batch_norm_frozen_from": 2.0},
+            "first_batch_norm_frozen_from: expected inf without batch_norm, found 2",
+        ),
+        (
             {"method": "ibp", "adversarial_epochs": 0.0, "preference": (1, 2)},
             "preference: expected [1, 1] for ibp, found [1, 2]",
         ),

@@ -39,7 +39,7 @@ def test_runs_of_old_and_new_versions_are_drawn_together(robust_app):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-@pytest.mark.parametrize("name", ["sub.5", "sub.5.png", "sub.5.svg"])
+@pytest.mark.parametrize("name", ["sub.5", "sub.5.png", "sub.5.svg", "sub.5.PNG"])
 def test_the_pictures_have_the_name_that_is_asked_for(robust_app, name):
     begun("run")
     Path("to").mkdir()
@@ -53,9 +53,10 @@ def test_pictures_without_a_name_are_refused(robust_app, name):
     assert_refused(outcome, "--out", "expected a name of a picture")
 
 
-def test_pictures_of_other_kinds_are_refused(robust_app):
-    outcome = robust_app("plot", "new", "--out", "figure.pdf")
-    assert_refused(outcome, "--out", "expected", ".png or .svg", "found 'figure.pdf'")
+@pytest.mark.parametrize("name", ["figure.pdf", "figure.JPG"])
+def test_pictures_of_other_kinds_are_refused(robust_app, name):
+    outcome = robust_app("plot", "new", "--out", name)
+    assert_refused(outcome, "--out", "expected", ".png or .svg", f"found '{name}'")
 
 
 def test_a_run_in_progress_is_drawn_without_its_lock(robust_app):

@@ -1,6 +1,7 @@
 """Schedules: pure functions of the time in epochs, and what they make of a Config."""
 
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given
@@ -248,11 +249,13 @@ def test_a_stage_is_at_full_strength_and_its_milestones_begin_anew(since, stage,
     assert (now.natural_weight, now.crown_share) == (0.25, 0.125)
 
 
-@given(st.floats(0, 250, exclude_max=True), st.floats(0, exclude_min=True))
-def test_the_first_norm_is_frozen_from_its_time_on_and_gone_in_stages(t, since):
-    config = dataclasses.replace(STAGES, first_norm_epochs=since)
-    assert setting(config, t).first_norm_frozen == (t >= since)
-    assert not setting(config, 250 + t / 100).first_norm_frozen
+@pytest.mark.parametrize(
+    ("since", "t", "frozen"),
+    [(40, 39.99, False), (40, 40, True), (40, 249, True), (40, 250, False), (math.inf, 249, False)],
+)
+def test_the_first_batch_norm_is_frozen_from_its_time_on_and_gone_in_stages(since, t, frozen):
+    config = dataclasses.replace(STAGES, first_batch_norm_frozen_from=since)
+    assert setting(config, t).first_batch_norm_frozen is frozen
 
 
 def test_stages_leave_what_is_before_them_alone():

@@ -221,10 +221,10 @@ def test_shi_et_als_training_starts_from_their_weights_and_saves_no_batch_norm(t
     torch.testing.assert_close(network(x).detach(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_first_norm_keeps_its_statistics_from_the_time_that_is_set_on(tmp_path):
+def test_the_first_batch_norm_keeps_its_statistics_from_the_time_that_is_set_on():
     few, first = few_digits(), ("1.running_mean", "1.running_var")
     never, frozen = (
-        Trainer(full_strength("advibp", first_norm_epochs=t, **SHI), few, ALONE)
+        Trainer(full_strength("advibp", first_batch_norm_frozen_from=t, **SHI), few, ALONE)
         for t in (math.inf, 1.0)
     )
     for trainer in (never, frozen):
@@ -239,8 +239,8 @@ def test_the_first_norm_keeps_its_statistics_from_the_time_that_is_set_on(tmp_pa
     assert not torch.equal(parameters_of(never), parameters_of(frozen))
 
 
-def test_a_run_with_a_frozen_norm_resumes_to_the_same_bits(tmp_path):
-    config, few = full_strength("advibp", first_norm_epochs=1.5, **SHI), few_digits()
+def test_a_run_with_a_frozen_batch_norm_resumes_to_the_same_bits(tmp_path):
+    config, few = full_strength("advibp", first_batch_norm_frozen_from=1.5, **SHI), few_digits()
     unbroken = trained(config, tmp_path / "unbroken", (4,), few)
     resumed = trained(config, tmp_path / "resumed", (1, 2, 3, 4), few)
     assert torch.equal(parameters_of(unbroken), parameters_of(resumed))

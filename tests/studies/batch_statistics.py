@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from robust_app import batches, checkpoint, data
 from robust_app.batch_norm import batch_norms, clean_statistics
 from robust_app.distributed import World
+from robust_app.errors import UserError
 from robust_app.interval import Interval
 from robust_app.losses import certified_loss
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 
 OUTSIZED = 3
-"""A gradient is, from so many medians on."""
+"""A gradient that is longer than so many medians is outsized."""
 
 
 def choices(layers: int) -> Mapping[str, set[int]]:
@@ -39,7 +40,7 @@ def choices(layers: int) -> Mapping[str, set[int]]:
 
 
 def measure(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> tuple[float, float]:
-    """The certified loss of a batch of images in [0, 1] and the length of its gradient."""
+    """The certified loss of a batch of images in [0, 1] and the 2-norm of its gradient."""
     network.zero_grad()
     with clean_statistics(network, x):
         loss = certified_loss(network, Interval.around(x, epsilon), labels)
@@ -50,6 +51,8 @@ def measure(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> tu
 
 def study(trainer: Trainer, count: int) -> dict[str, Tensor]:
     """Losses and lengths, ``(count, 2)``, of each choice of layers, on the same batches."""
+    if trainer.stage > 0 or not batch_norms(trainer.network):
+        raise UserError("RUN: expected a run that trains with BatchNorm, found one without")
     random = torch.Generator().manual_seed(trainer.config.seed)
     network, layers = trainer.network.train(), batch_norms(trainer.network)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in choices(len(layers))}
@@ -58,7 +61,7 @@ def study(trainer: Trainer, count: int) -> dict[str, Tensor]:
         x, labels = batches.as_float(trainer.x[rows]), trainer.labels[rows]
         for name, of_the_batch in choices(len(layers)).items():
             for index, layer in enumerate(layers):
-                layer.frozen = index not in of_the_batch
+                layer.statistics_frozen = index not in of_the_batch
             found[name].append(measure(network, x, labels, trainer.config.epsilon))
     return {name: torch.tensor(values) for name, values in found.items()}
 

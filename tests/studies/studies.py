@@ -53,6 +53,7 @@ CONTINUED = (
     "milestones=[1, 2]",
     "learning_rate_factor=0.3",
     "reference_fan_in=0",  # the recipe had none when it was carried out
+    "first_batch_norm_frozen_from=inf",
     "precision=bf16",
     "pgd_steps=20",
 )
@@ -86,6 +87,7 @@ STUDIES = {
                 "milestones=[13.333333333333334, 17.333333333333332, 19]",
                 "fosc_decay_epochs=17.666666666666668",
                 "reference_fan_in=0",
+                "first_batch_norm_frozen_from=inf",
                 "preference=[1, 10]",
                 "pgd_steps=20",
             ),

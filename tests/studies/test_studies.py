@@ -15,7 +15,7 @@ from mogd import BisectorProjection, Fixed, UnbiasedMultiGradient
 from mogd.priority import ask
 from mogd.rules import conflicting
 from robust_app import methods, recipes
-from robust_app.batch_norm import clean_statistics
+from robust_app.batch_norm import batch_norms, clean_statistics
 from robust_app.errors import UserError
 from robust_app.interval import Interval
 from robust_app.losses import certified_loss
@@ -247,29 +247,49 @@ def test_every_run_of_a_study_has_a_configuration(study):
             assert study.shared_epochs <= config.natural_epochs + config.certified_epochs
 
 
-def test_batch_statistics_are_taken_in_the_layers_that_are_named():
-    trainer = Trainer(full_strength("ibp", **SHI), few_digits(), ALONE)
-    trainer.train_epoch(Silent())
-    before = copy.deepcopy(trainer.network.state_dict())
+def test_batch_statistics_are_taken_in_the_layers_that_are_named(tmp_path):
+    trainer = trained(full_strength("ibp", **SHI), tmp_path, (1,), few_digits())
+    network, epsilon = trainer.network, trainer.config.epsilon
+    before = copy.deepcopy(network.state_dict())
     found = batch_statistics.study(trainer, 2)
-    assert all(map(torch.equal, before.values(), trainer.network.state_dict().values()))
+    assert all(map(torch.equal, before.values(), network.state_dict().values()))
 
+    frozen = {"all": "", "all but layer 1": "1", "layer 1": "23", "layer 2": "13", "layer 3": "12"}
     random = torch.Generator().manual_seed(trainer.config.seed)
     for batch in range(2):
         rows = torch.randint(len(trainer.x), (32,), generator=random)
         x, labels = trainer.x[rows].float() / 255, trainer.labels[rows]
-        box = Interval.around(x, trainer.config.epsilon)
-        running = certified_loss(trainer.network.eval(), box, labels)
-        trainer.network[1].frozen = False
-        with clean_statistics(trainer.network[1].train(), trainer.network[0](x)):
-            first = certified_loss(trainer.network, box, labels)
-        for name, loss in (("none", running), ("layer 1", first)):
-            assert found[name][batch, 0] == pytest.approx(loss.item())
-    assert found["all"].shape == (2, 2)
-    assert not torch.allclose(found["layer 1"], found["none"])
+        for name, layers in (frozen | {"none": "123"}).items():
+            for number, layer in enumerate(batch_norms(network), 1):
+                layer.statistics_frozen = str(number) in layers
+            with clean_statistics(network.train(), x):
+                loss = certified_loss(network, Interval.around(x, epsilon), labels)
+            gradients = torch.autograd.grad(loss, list(network.parameters()))
+            length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+            expected = torch.stack([loss.detach(), length])
+            torch.testing.assert_close(found[name][batch], expected)
+    assert len({values.sum().item() for values in found.values()}) == len(frozen) + 1
 
 
-def test_outsized_gradients_are_counted_from_three_medians_on():
+def test_a_network_without_batch_norm_has_no_statistics_to_study():
+    trainer = Trainer(full_strength("ibp"), few_digits(), ALONE)
+    with pytest.raises(UserError, match=r"^RUN: expected a run that trains with BatchNorm"):
+        batch_statistics.study(trainer, 1)
+
+
+def test_the_study_of_batch_statistics_prints_a_table_for_each_run(tmp_path, capsys):
+    config = dataclasses.replace(full_strength("ibp", **SHI), epochs=1)
+    trained(config, tmp_path, (1,))
+    RunDirectory(tmp_path).config_file.write_text(config.to_toml())
+    batch_statistics.main([str(tmp_path), "--batches", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path}, after 1 epochs"
+    assert [line.split(" | ")[0] for line in lines[4:10]] == [
+        *("| all", "| all but layer 1", "| layer 1", "| layer 2", "| layer 3", "| none")
+    ]
+
+
+def test_gradients_longer_than_three_medians_are_counted():
     lengths = torch.tensor([1.0, 2.0, 2.0, 6.0, 6.1])
     found = {"all": torch.stack([torch.arange(5.0), lengths], dim=1)}
     *_, row = batch_statistics.table(found).splitlines()
