@@ -194,8 +194,9 @@ def freeze_first(network: nn.Module, frozen: bool) -> None:
 
     A network that is certified in a large ball tells bright pixels from dark ones by a threshold
     in its first layer. Statistics of single batches shift it, and where the shift lets the dark
-    ones through, the gradient of the certified loss is a hundred times as long as usual; the other
-    layers' do no such thing (docs/results/what-we-tried.md).
+    ones through, the gradient of the certified loss is up to hundreds of times as long as usual.
+    With this layer's statistics kept, the others' make no such gradient, and the hidden layer needs
+    them of the batch (docs/results/what-we-tried.md).
 
     Args:
         network: any; without BatchNorm layers nothing happens.
