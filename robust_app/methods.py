@@ -167,6 +167,29 @@ def check(config: Config) -> None:
         raise UserError(f"natural_weight: expected twice the same for diffai, found {found}")
 
 
+def check_changes(config: Config, changed: Config) -> None:
+    """See that the run reads what a user changed in a configuration.
+
+    Recipes, and the configurations that runs keep, hold these settings whether they are read or
+    not. FOSC's are not among them: a schedule has them for AdvIBP and for what is compared with it.
+
+    Raises:
+        UserError: a setting differs that the changed configuration leaves unread.
+    """
+    method = find(changed.method)
+    stages = ("stage_epochs", "stage_learning_rate", "stage_milestones")
+    unread = {
+        "crown_share": (not method.crown, f"for {changed.method}"),
+        "natural_weight": (method.losses != ("mixed",), f"for {changed.method}"),
+        "crop_padding": (not changed.augment, "without augment"),
+        **dict.fromkeys(stages, (changed.stages == 0, "without stages")),
+    }
+    for name, (so, where) in unread.items():
+        was, now = getattr(config, name), getattr(changed, name)
+        if so and now != was:
+            raise UserError(f"{name}: expected {_said(was)} {where}, found {_said(now)}")
+
+
 def _ignored(method: Method) -> list[str]:
     """The settings of some methods that this one ignores, and a user would not set in vain."""
     adversarial = "adversarial" in method.losses

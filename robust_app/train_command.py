@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from robust_app import data, distributed, divergence, overrides, recipes, reporting, runner, session
+from robust_app import (
+    data,
+    distributed,
+    divergence,
+    methods,
+    overrides,
+    recipes,
+    reporting,
+    runner,
+    session,
+)
 from robust_app.capture import EXECUTIONS
 from robust_app.config import Config
 from robust_app.data import Dataset
@@ -192,7 +202,8 @@ def _requested(
         config = overrides.with_epochs(config, epochs)
     if seed is not None:
         settings = [f"seed={seed}", *settings]
-    config = overrides.override(config, settings)
+    recipes_own, config = config, overrides.override(config, settings)
+    methods.check_changes(recipes_own, config)
     kind, colon, path = config.dataset.partition(":")
     if not colon:
         return config

@@ -368,6 +368,8 @@ def test_printing_an_unknown_recipe_names_the_nearest(robust_app):
         (("--set", "epsilon=9/8"), ("epsilon", "[0, 1]", "1.125")),
         (("--set", "epsilon=8/0"), ("epsilon", "[0, 1]", "'8/0'")),
         (("--set", "attack_steps=50"), ("attack_steps", "10 for advibp", "50")),
+        (("--set", "crown_share=[1, 0.5]"), ("crown_share", "[1, 0] for advibp", "[1, 0.5]")),
+        (("--set", "stage_epochs=5"), ("stage_epochs", "without stages", "found 5")),
         (("--execution", "fast"), ("--execution 'fast'", "known are 'eager', 'graph', 'compile'")),
         (("--set", "epsilom=0.1"), ("epsilom", "'epsilon'")),
         (("--set", "epsilon=2"), ("epsilon", "[0, 1]", "2")),

@@ -9,7 +9,7 @@ from mogd import BisectorProjection, Constant
 from robust_app import methods, recipes
 from robust_app.authors import AuthorsWeights
 from robust_app.errors import UserError
-from robust_app.methods import METHODS, Attack, check, find, losses_of
+from robust_app.methods import METHODS, Attack, check, check_changes, find, losses_of
 from robust_app.run_directory import RunDirectory
 from robust_app.schedules import Phase
 from tests.robust_app.runs import (
@@ -141,6 +141,50 @@ def test_a_configuration_that_a_method_would_ignore_is_refused(changes, message)
     with pytest.raises(UserError) as error:
         check(dataclasses.replace(DIGITS, **changes))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("method", "read", "changes", "message"),
+    [
+        (
+            "advibp",
+            {"method": "advcrown-ibp"},
+            {"crown_share": (1.0, 0.5)},
+            "crown_share: expected [1, 0] for advibp, found [1, 0.5]",
+        ),
+        (
+            "weighted-sum",
+            {"method": "crown-ibp"},
+            {"natural_weight": (1.0, 0.0)},
+            "natural_weight: expected [1, 0.5] for weighted-sum, found [1, 0]",
+        ),
+        (
+            "advibp",
+            {"augment": True},
+            {"crop_padding": 2},
+            "crop_padding: expected 4 without augment, found 2",
+        ),
+        (
+            "advibp",
+            {"stages": 1},
+            {"stage_epochs": 3},
+            "stage_epochs: expected 10 without stages, found 3",
+        ),
+        (
+            "advibp",
+            {"stages": 1},
+            {"stage_milestones": (2.0,)},
+            "stage_milestones: expected [5] without stages, found [2]",
+        ),
+    ],
+)
+def test_a_change_of_what_a_run_does_not_read_is_refused(method, read, changes, message):
+    config = dataclasses.replace(DIGITS, method=method)
+    with pytest.raises(UserError) as error:
+        check_changes(config, dataclasses.replace(config, **changes))
+    assert str(error.value) == message
+    check_changes(config, dataclasses.replace(config, **read, **changes))
+    check_changes(dataclasses.replace(config, **changes), dataclasses.replace(config, **changes))
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

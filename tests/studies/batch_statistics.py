@@ -90,6 +90,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--batches", type=int, default=150)
     given = parser.parse_args(arguments)
+    if given.batches < 1:
+        parser.error(f"--batches: expected at least 1, found {given.batches}")
     for path in given.runs:
         directory = RunDirectory(path)
         config = directory.config()

@@ -289,6 +289,12 @@ def test_the_study_of_batch_statistics_prints_a_table_for_each_run(tmp_path, cap
     ]
 
 
+def test_no_batches_make_no_table(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        batch_statistics.main([str(tmp_path), "--batches", "0"])
+    assert "--batches: expected at least 1, found 0" in capsys.readouterr().err
+
+
 def test_gradients_longer_than_three_medians_are_counted():
     lengths = torch.tensor([1.0, 2.0, 2.0, 6.0, 6.1])
     found = {"all": torch.stack([torch.arange(5.0), lengths], dim=1)}
