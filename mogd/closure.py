@@ -33,18 +33,20 @@ def reevaluation(
 ) -> Callable[[], float]:
     """One objective for the whole step: Σₖ κₖ Lₖ + κ_reg,ₖ Lₖ² with the weights of the record.
 
-    Its first call finds value and gradient in place, left by the ``backward`` of the record.
+    Its first call finds value and gradient in place, left by the ``backward`` of the record,
+    unless the base has moved the parameters or touched their gradients before.
     ``average`` takes a loss of this process to that of all, so that all take the same decisions.
     """
     evaluated, expected = False, len(record.weights)
+    left = _tensors(optimizer)
 
     def value(losses: Tensor) -> Tensor:
         return (record.weights * losses + record.regularization * losses**2).sum()
 
     def objective() -> float:
         nonlocal evaluated
-        if not evaluated:
-            evaluated = True
+        first, evaluated = not evaluated, True
+        if first and _same(left, _tensors(optimizer)):
             return float(value(record.losses))
         optimizer.zero_grad()
         losses: list[Tensor] = []
@@ -60,6 +62,17 @@ def reevaluation(
         return float(value(torch.stack(losses)))
 
     return objective
+
+
+def _tensors(optimizer: Optimizer) -> list[tuple[Tensor | None, int]]:
+    """Parameters and their gradients, each with how often it was changed in place."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    tensors = [*parameters, *(parameter.grad for parameter in parameters)]
+    return [(tensor, 0 if tensor is None else tensor._version) for tensor in tensors]
+
+
+def _same(left: list[tuple[Tensor | None, int]], found: list[tuple[Tensor | None, int]]) -> bool:
+    return all(a is b and before == now for (a, before), (b, now) in zip(left, found, strict=True))
 
 
 def check_gradient(parameters: Iterable[Tensor]) -> None:

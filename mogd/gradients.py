@@ -1,6 +1,6 @@
 """The gradient of each loss on its own, taken off the parameters' ``.grad``."""
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Set, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -96,6 +96,8 @@ def each(losses: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         raise TypeError(
             f"losses must be an iterable of scalar tensors, got {type(losses).__name__}"
         )
+    if isinstance(losses, Set):
+        raise TypeError(f"losses must have an order, got a {type(losses).__name__}: give a list")
     shared = () if isinstance(losses, Iterator) else tuple(losses)
     index = 0
     for loss in shared or losses:

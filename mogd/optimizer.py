@@ -241,6 +241,11 @@ class UnbiasedMultiGradient(Wrapper):
             before, self._pending = self._pending, None
             with torch.enable_grad():
                 losses = closure()
+                if isinstance(losses, Record):
+                    raise TypeError(
+                        "closure must return the losses, or None after a backward(), "
+                        "got the Record of backward()"
+                    )
                 if losses is None:
                     self._pending = self._pending or before
                 else:  # the closure may have gathered micro-batches, which zero_grad would drop
@@ -348,6 +353,5 @@ class UnbiasedMultiGradient(Wrapper):
                 if drop is not None:
                     local(gradient).masked_fill_(drop, 0.0)
                 parameter.grad = gradient
-        if scaler is None:
-            self._keep = keep
+        self._keep = keep if scaler is None else True
         return self.last

@@ -80,7 +80,7 @@ class Threshold:
         if not isinstance(measured, Tensor) or measured.dim() != 0:
             raise TypeError(f"measure must return a 0-dim tensor, got {measured!r}")
         _check_limit(self.limit)  # it may have been set since
-        return (measured > self.limit).long()
+        return (~(measured <= self.limit)).long()  # NaN is at most nothing
 
 
 def _check_limit(limit: object) -> None:

@@ -67,11 +67,23 @@ class Wrapper(Optimizer):
                 f"state_dict lacks {sorted(missing)}: it is not of {type(self).__name__} "
                 "(a base optimizer's own state loads through optimizer.base.load_state_dict)"
             )
+        before = self.state, self.param_groups
         try:
             attributes = self._from_added_state(state_dict)
             self.base.load_state_dict(state_dict)
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"state_dict is damaged: {error}") from error
+            for group, had in zip(self.param_groups, before[1], strict=True):
+                # Of its options alone: schedulers add some of their own.
+                if lost := sorted((self.defaults.keys() & had.keys()) - group.keys()):
+                    raise ValueError(
+                        f"state_dict must be of the base {type(self.base).__name__}, "
+                        f"got one whose groups lack {lost}"
+                    )
+        except Exception as error:
+            self.state, self.param_groups = before
+            if not isinstance(error, LookupError | TypeError | AttributeError):
+                raise
+            base = type(self.base).__name__
+            raise ValueError(f"state_dict is damaged, or not of {base}: {error}") from error
         vars(self).update(attributes)
         for conclude in self._optimizer_load_state_dict_post_hooks.values():
             conclude(self)

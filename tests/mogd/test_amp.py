@@ -250,3 +250,15 @@ def test_the_state_of_bfloat16_parameters_loads_with_weights_only_to_the_same_bi
         of.step(lambda p=p: [(p * row).sum(), p.sum()])
     assert torch.equal(optimizer.last.weights, resumed.last.weights)
     assert_same_bits(moments(resumed), moments(optimizer))
+
+
+def test_a_batch_that_was_skipped_and_not_stepped_does_not_stop_the_next_one_with_a_scaler():
+    model, optimizer = pair(nonfinite="skip")
+    scaler = GradScaler("cpu")
+    optimizer.backward([loss * torch.inf for loss in objectives(model, 0)])
+    model.zero_grad()
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer.backward(objectives(model, 1), scaler=scaler)
+    scaler.step(optimizer)
+    for now, then in zip(model.parameters(), before, strict=True):
+        assert not torch.equal(now, then)

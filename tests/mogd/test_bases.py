@@ -254,3 +254,47 @@ def test_lbfgs_is_refused_another_number_of_losses_at_a_later_evaluation(later, 
 
     with pytest.raises(ValueError, match=f"closure must return 2 losses as before, got {got}"):
         optimizer.step(closure)
+
+
+class Perturbed(torch.optim.Optimizer):
+    """Steps along the gradient at p + 1, as SAM does at a point near p."""
+
+    def __init__(self, params, lr: float, clear: bool) -> None:
+        super().__init__(params, {"lr": lr, "clear": clear})
+
+    @torch.no_grad()
+    def step(self, closure) -> float:
+        (group,) = self.param_groups
+        (p,) = group["params"]
+        if group["clear"]:
+            p.grad = None
+        else:
+            p.add_(1.0)
+        value = closure()
+        if not group["clear"]:
+            p.sub_(1.0)
+        p.sub_(group["lr"] * p.grad)
+        return value
+
+
+@pytest.mark.parametrize(("clear", "gradient"), [(False, 8.0), (True, 4.0)])
+def test_a_base_that_moves_before_its_first_evaluation_has_it_where_it_went(clear, gradient):
+    p = nn.Parameter(torch.ones(1))
+    optimizer = UnbiasedMultiGradient(
+        [p], Perturbed, rule=Constant((1.0, 1.0)), lr=0.1, clear=clear
+    )
+    optimizer.step(lambda: [p.square().sum(), p.square().sum()])
+    torch.testing.assert_close(p, torch.tensor([1 - 0.1 * gradient]))
+
+
+def test_lbfgs_evaluates_once_where_it_starts():
+    p, calls = nn.Parameter(torch.ones(1)), []
+    optimizer = UnbiasedMultiGradient([p], torch.optim.LBFGS, max_iter=1)
+
+    def closure() -> list[Tensor]:
+        calls.append(p.item())
+        return [p.square().sum(), (p - 3).square().sum()]
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert len(calls) == 2

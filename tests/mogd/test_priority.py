@@ -133,3 +133,10 @@ def test_threshold_refuses_a_measure_that_returns_no_tensor():
         Threshold(lambda losses: None, limit=0.1)(LOSSES)
     with pytest.raises(TypeError, match=r"measure must return a 0-dim tensor, got tensor\(\[3"):
         Threshold(lambda losses: losses, limit=0.1)(LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("value", "limit"), [(math.nan, 0.5), (9.0, torch.tensor(math.nan)), (math.nan, math.inf)]
+)
+def test_what_cannot_be_compared_is_not_at_most_the_limit(value, limit):
+    assert Threshold(lambda _: torch.tensor(value), limit)(torch.ones(2)) == 1

@@ -292,11 +292,15 @@ def foreign_states():
     deeper = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Linear(2, 2))
     more = adam(deeper)
     train(deeper, more)
+    shallow = network()
+    descent = UnbiasedMultiGradient(shallow.parameters(), lr=0.1, momentum=0.9)
+    train(shallow, descent)
     return {
         "base alone": (optimizer.base.state_dict(), r"lacks \['moment_decay', 'moments', 'skipped"),
         "other shapes": (other.state_dict(), r"parameter 0 has shape \(2, 5, 3\).*\(2, 4, 3\)"),
         "more parameters": (more.state_dict(), "has parameter 4.* only 4"),
         "fewer parameters": (fewer.state_dict(), "doesn't match the size"),
+        "another base": (descent.state_dict(), "damaged, or not of Adam: "),
         "other groups": (
             state | {"param_groups": state["param_groups"] * 2},
             "different number of parameter groups",
@@ -309,10 +313,10 @@ def foreign_states():
             state | {"moments": moments | {"norms": torch.ones(3, dtype=torch.float64)}},
             r"'gramian' of shape \(2, 2\), expected \(3, 3\)",
         ),
-        "no moments": (state | {"moments": 3}, "state_dict is damaged: .*'int'"),
-        "no tensor": (state | {"moments": moments | {"count": 5}}, "state_dict is damaged: "),
-        "no number": (state | {"skipped": [1, 2]}, "state_dict is damaged: "),
-        "no groups": (state | {"param_groups": 3}, "state_dict is damaged: "),
+        "no moments": (state | {"moments": 3}, "state_dict is damaged, .*'int'"),
+        "no tensor": (state | {"moments": moments | {"count": 5}}, "state_dict is damaged, "),
+        "no number": (state | {"skipped": [1, 2]}, "state_dict is damaged, "),
+        "no groups": (state | {"param_groups": 3}, "state_dict is damaged, "),
     }
 
 
@@ -323,6 +327,7 @@ def foreign_states():
         "other shapes",
         "more parameters",
         "fewer parameters",
+        "another base",
         "other groups",
         "no norms",
         "other K",
@@ -338,6 +343,20 @@ def test_foreign_state_is_refused_with_nothing_changed(kind):
     twin_model, twin = trained()
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)
+    assert_shared(optimizer)
+    assert_same_future(model, optimizer, twin_model, twin)
+
+
+def test_a_base_s_state_without_its_options_is_refused_with_nothing_changed():
+    _, other = trained()
+    model, twin_model = network(), network()
+    optimizer, twin = (
+        UnbiasedMultiGradient(of.parameters(), lr=0.1, momentum=0.9) for of in (model, twin_model)
+    )
+    train(model, optimizer)
+    train(twin_model, twin)
+    with pytest.raises(ValueError, match=r"must be of the base SGD, got .* lack .*'momentum'"):
+        optimizer.load_state_dict(other.state_dict())
     assert_shared(optimizer)
     assert_same_future(model, optimizer, twin_model, twin)
 

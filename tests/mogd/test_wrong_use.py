@@ -287,3 +287,20 @@ def test_the_decays_of_the_moments_are_for_good():
     _, optimizer = optimizer_after()
     with pytest.raises(AttributeError, match="moment_decay"):
         optimizer.moment_decay = (0.5, 0.5)
+
+
+def test_losses_without_an_order_are_refused_and_change_nothing():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = UnbiasedMultiGradient([p], lr=0.1)
+    with pytest.raises(TypeError, match="losses must have an order, got a set: give a list"):
+        optimizer.backward({p[0] * 1, p[1] * 1})
+    assert optimizer.last is None
+    assert p.grad is None
+
+
+def test_the_record_of_a_backward_is_no_answer_of_a_closure():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = UnbiasedMultiGradient([p], lr=0.1)
+    with pytest.raises(TypeError, match=r"closure must return the losses, or None .* got the Rec"):
+        optimizer.step(lambda: optimizer.backward([p[0] * 1, p[1] * 1]))
+    assert torch.equal(p, torch.ones(2))
