@@ -34,20 +34,22 @@ def reevaluation(
     """One objective for the whole step: Σₖ κₖ Lₖ + κ_reg,ₖ Lₖ² with the weights of the record.
 
     Its first call finds value and gradient in place, left by the ``backward`` of the record,
-    unless the base has moved the parameters or touched their gradients before.
+    unless the base has moved the parameters or replaced their gradients before; what it writes
+    through ``.data`` is not seen, and a gradient that a hook has clipped in place is taken so.
     ``average`` takes a loss of this process to that of all, so that all take the same decisions.
     """
-    evaluated, expected = False, len(record.weights)
-    left = _tensors(optimizer)
+    expected = len(record.weights)
+    left: list[tuple[Tensor | None, int]] | None = _tensors(optimizer)
 
     def value(losses: Tensor) -> Tensor:
         return (record.weights * losses + record.regularization * losses**2).sum()
 
     def objective() -> float:
-        nonlocal evaluated
-        first, evaluated = not evaluated, True
-        if first and _same(left, _tensors(optimizer)):
+        nonlocal left
+        before, left = left, None  # the first gradients are not kept alive
+        if before is not None and _same(before, _tensors(optimizer)):
             return float(value(record.losses))
+        del before
         optimizer.zero_grad()
         losses: list[Tensor] = []
         with torch.enable_grad():
@@ -65,10 +67,10 @@ def reevaluation(
 
 
 def _tensors(optimizer: Optimizer) -> list[tuple[Tensor | None, int]]:
-    """Parameters and their gradients, each with how often it was changed in place."""
+    """Parameters, each with how often it was changed in place, and their gradients."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    tensors = [*parameters, *(parameter.grad for parameter in parameters)]
-    return [(tensor, 0 if tensor is None else tensor._version) for tensor in tensors]
+    moved = [(parameter, parameter._version) for parameter in parameters]
+    return [*moved, *((parameter.grad, 0) for parameter in parameters)]
 
 
 def _same(left: list[tuple[Tensor | None, int]], found: list[tuple[Tensor | None, int]]) -> bool:

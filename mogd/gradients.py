@@ -1,6 +1,6 @@
 """The gradient of each loss on its own, taken off the parameters' ``.grad``."""
 
-from collections.abc import Iterable, Iterator, Sequence, Set, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -96,7 +96,7 @@ def each(losses: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         raise TypeError(
             f"losses must be an iterable of scalar tensors, got {type(losses).__name__}"
         )
-    if isinstance(losses, Set):
+    if isinstance(losses, set | frozenset):
         raise TypeError(f"losses must have an order, got a {type(losses).__name__}: give a list")
     shared = () if isinstance(losses, Iterator) else tuple(losses)
     index = 0

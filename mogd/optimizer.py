@@ -242,6 +242,7 @@ class UnbiasedMultiGradient(Wrapper):
             with torch.enable_grad():
                 losses = closure()
                 if isinstance(losses, Record):
+                    self.zero_grad()
                     raise TypeError(
                         "closure must return the losses, or None after a backward(), "
                         "got the Record of backward()"

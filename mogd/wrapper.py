@@ -53,7 +53,8 @@ class Wrapper(Optimizer):
         Raises:
             TypeError: if ``state_dict`` is no mapping.
             ValueError: if the state is another optimizer's or does not fit the parameters;
-                nothing has changed then.
+                nothing has changed then. The state of another base is refused where that base
+                refuses it.
         """
         self = self._itself()
         if not isinstance(state_dict, Mapping):
@@ -71,15 +72,11 @@ class Wrapper(Optimizer):
         try:
             attributes = self._from_added_state(state_dict)
             self.base.load_state_dict(state_dict)
-            for group, had in zip(self.param_groups, before[1], strict=True):
-                # Of its options alone: schedulers add some of their own.
-                if lost := sorted((self.defaults.keys() & had.keys()) - group.keys()):
-                    raise ValueError(
-                        f"state_dict must be of the base {type(self.base).__name__}, "
-                        f"got one whose groups lack {lost}"
-                    )
         except Exception as error:
-            self.state, self.param_groups = before
+            if self.state is not before[0]:
+                self.state = before[0]
+            if self.param_groups is not before[1]:
+                self.param_groups = before[1]
             if not isinstance(error, LookupError | TypeError | AttributeError):
                 raise
             base = type(self.base).__name__

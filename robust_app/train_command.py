@@ -203,7 +203,8 @@ def _requested(
     if seed is not None:
         settings = [f"seed={seed}", *settings]
     recipes_own, config = config, overrides.override(config, settings)
-    methods.check_changes(recipes_own, config)
+    if stored is None:
+        methods.check_changes(recipes_own, config)
     kind, colon, path = config.dataset.partition(":")
     if not colon:
         return config

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import io
+import weakref
 
 import pytest
 import torch
@@ -298,3 +299,39 @@ def test_lbfgs_evaluates_once_where_it_starts():
     for _ in range(2):
         optimizer.step(closure)
     assert len(calls) == 2
+
+
+def test_the_first_gradient_is_not_kept_for_the_whole_step():
+    p, alive = nn.Parameter(torch.ones(1)), []
+
+    class Watched(torch.optim.LBFGS):
+        def step(self, closure):
+            gradient = weakref.ref(p.grad)
+
+            def watched() -> float:
+                value = closure()
+                alive.append(gradient() is not None)
+                return value
+
+            return super().step(watched)
+
+    optimizer = UnbiasedMultiGradient([p], Watched, max_iter=3, lr=0.1)
+    optimizer.step(lambda: [p.square().sum(), (p - 3).square().sum()])
+    assert alive[0]
+    assert not any(alive[1:])
+
+
+def test_a_gradient_that_a_hook_of_the_base_has_clipped_is_taken_so():
+    p, calls = nn.Parameter(torch.full((1,), 100.0)), []
+    optimizer = UnbiasedMultiGradient(
+        [p], torch.optim.LBFGS, rule=Constant((1.0, 1.0)), lr=1.0, max_iter=1
+    )
+    optimizer.base.register_step_pre_hook(lambda *_: p.grad.clamp_(max=1.0) and None)
+
+    def closure() -> list[Tensor]:
+        calls.append(p.item())
+        return [p.square().sum(), p.square().sum()]
+
+    optimizer.step(closure)
+    assert calls == [100.0]
+    assert p.item() == 99.0

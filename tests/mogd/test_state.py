@@ -347,20 +347,6 @@ def test_foreign_state_is_refused_with_nothing_changed(kind):
     assert_same_future(model, optimizer, twin_model, twin)
 
 
-def test_a_base_s_state_without_its_options_is_refused_with_nothing_changed():
-    _, other = trained()
-    model, twin_model = network(), network()
-    optimizer, twin = (
-        UnbiasedMultiGradient(of.parameters(), lr=0.1, momentum=0.9) for of in (model, twin_model)
-    )
-    train(model, optimizer)
-    train(twin_model, twin)
-    with pytest.raises(ValueError, match=r"must be of the base SGD, got .* lack .*'momentum'"):
-        optimizer.load_state_dict(other.state_dict())
-    assert_shared(optimizer)
-    assert_same_future(model, optimizer, twin_model, twin)
-
-
 def test_named_parameters():
     model, twin = network(), network()
     optimizer = UnbiasedMultiGradient(model.named_parameters(), torch.optim.Adam, lr=0.05)

@@ -303,4 +303,6 @@ def test_the_record_of_a_backward_is_no_answer_of_a_closure():
     optimizer = UnbiasedMultiGradient([p], lr=0.1)
     with pytest.raises(TypeError, match=r"closure must return the losses, or None .* got the Rec"):
         optimizer.step(lambda: optimizer.backward([p[0] * 1, p[1] * 1]))
+    assert p.grad is None
+    optimizer.step()
     assert torch.equal(p, torch.ones(2))
