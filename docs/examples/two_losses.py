@@ -1,6 +1,6 @@
 """Two noisy quadratic losses of two parameters: the paths of four ways to weigh their gradients.
 
-python docs/examples/two_losses.py          # draws docs/figures/two-losses.svg, of seed 0
+python docs/examples/two_losses.py          # draws three in docs/figures/two-losses.svg, seed 0
 python docs/examples/two_losses.py --table  # prints the means over 200 seeds
 """
 

@@ -475,3 +475,31 @@ def test_a_group_added_twice_is_refused():
     optimizer.add_param_group(group)
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group(group)
+
+
+class Delegating(torch.optim.Optimizer):
+    """A base whose groups and state are those of another and cannot be set."""
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
+    defaults = property(lambda self: self.inner.defaults)
+
+    def __init__(self, params, **options) -> None:
+        self.inner = torch.optim.SGD(params, **options)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict) -> None:
+        self.inner.load_state_dict(state_dict)
+
+    def step(self) -> None:
+        self.inner.step()
+
+
+def test_a_base_that_delegates_says_itself_why_it_refuses_a_state():
+    model = network()
+    optimizer = UnbiasedMultiGradient(model.parameters(), Delegating, lr=0.1)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(state | {"param_groups": state["param_groups"] * 2})

@@ -1,5 +1,6 @@
 """The command line as its user meets it."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,10 +17,12 @@ import torch
 
 import mogd
 from robust_app import checkpoint, cli, recipes
+from robust_app.errors import UserError
 from robust_app.evaluation import Contradiction
 from robust_app.methods import METHODS
 from robust_app.models import MODELS
 from robust_app.run_directory import RunDirectory
+from robust_app.train_command import _requested
 from robust_app.verifiers import VERIFIERS, Verdict, Verifier
 from tests.robust_app.refusals import assert_refused
 
@@ -636,3 +639,12 @@ def test_a_run_directory_that_is_a_file_is_refused(robust_app, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert_refused(robust_app("train", *QUICK, "--run-dir", "file"), "file", "not a folder")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_resumed_run_may_have_what_it_does_not_read_as_it_is_stored():
+    setting = "crown_share=[1, 0.5]"
+    stored = dataclasses.replace(recipes.load("digits"), crown_share=(1.0, 0.5))
+    assert _requested(stored, "digits", [setting], None, None) == stored
+    assert _requested(stored, None, ["crown_share=[1, 0]"], None, None) != stored
+    with pytest.raises(UserError, match="crown_share"):
+        _requested(None, "digits", [setting], None, None)
