@@ -1,7 +1,6 @@
 """A run as its user watches it: progress while it trains, errors when it is evaluated."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -11,12 +10,12 @@ from torch import nn
 
 from robust_app import curves, divergence, environment, examination, pictures, reporting, session
 from robust_app.batches import as_float
-from robust_app.checkpoint import replacing
 from robust_app.data import Dataset
 from robust_app.errors import UserError
 from robust_app.evaluation import Errors, misclassified
 from robust_app.events import Events
 from robust_app.examination import Examination
+from robust_app.exchange import results
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 from robust_app.verifiers import VERIFIERS
@@ -166,16 +165,15 @@ def evaluate_outside(
         dataset: its test part is used.
         console: where to.
         how: what to do with the images.
-        output: a JSON file to write; none if left out.
+        output: a JSON file to write, see :func:`robust_app.exchange.results.check`; none if left
+            out.
 
     Raises:
         UserError: a verifier has no rule for a layer, ``how`` does not fit the data, or the file
             cannot be written.
     """
-    if output is not None and output.is_dir():
-        raise UserError(f"--output: expected a file to write, found the folder {output}")
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"{output}: cannot be written (there is no folder {output.parent})")
+    if output is not None:
+        results.check(output)
     x, y = dataset.x_test, dataset.y_test
     for verifier in how.verifiers:  # a layer without a rule is to be noticed before the attack
         VERIFIERS[verifier].decide(network, as_float(x[:1]), y[:1], how.epsilon, 0.0)
@@ -195,8 +193,7 @@ def evaluate_outside(
     _show(console, dataset, how, [(name, errors)])
     if output is not None:
         content = {"network": name, "dataset": dataset.name, **dataclasses.asdict(how)}
-        with replacing(output) as partial:
-            partial.write_text(json.dumps(content | errors.as_dict(), indent=2) + "\n")
+        results.write(output, content | errors.as_dict())
 
 
 def _accuracy_of_one_class(dataset: Dataset) -> float:

@@ -114,7 +114,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path}: expected a state_dict, found {type(content).__name__}")
+        keys = isinstance(content, dict) and _some(set(map(str, content)))
+        found = f"a dictionary of {keys}" if keys else type(content).__name__
+        raise UserError(f"{path}: expected a state_dict, found {found}")
     state = {_stripped(str(name)): value for name, value in content.items()}
     expected = network.state_dict()
     shared = expected.keys() & state.keys()
@@ -138,7 +140,7 @@ def check_classifies(network: nn.Module, dataset: Dataset) -> None:
         dataset: its first test images are used.
 
     Raises:
-        UserError: it does not take them, or gives something else.
+        UserError: it does not take them, or gives something else, or no finite numbers.
     """
     x = as_float(dataset.x_test[:2])
     try:
@@ -153,6 +155,12 @@ def check_classifies(network: nn.Module, dataset: Dataset) -> None:
         raise UserError(
             f"expected at least {dataset.classes} logits for each of {len(x)} images, found {shape}"
         )
+    if not logits.isfinite().all():
+        found = logits[~logits.isfinite()][0].item()
+        state = network.state_dict()
+        spoiled = {name for name, value in state.items() if not value.isfinite().all()}
+        where = f"; not finite: {_some(spoiled)}" if spoiled else ""
+        raise UserError(f"expected finite logits, found {found}{where}")
 
 
 def _run(path: Path) -> Any:

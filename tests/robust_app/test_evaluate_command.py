@@ -1,6 +1,7 @@
 """``robust-app evaluate`` of networks from elsewhere; that of runs is in test_cli.py."""
 
 import json
+import os
 import sys
 
 import onnx
@@ -79,6 +80,37 @@ def test_the_same_network_in_every_form_has_the_same_errors(here, digits_run, tm
     assert results[0] == results[1]
     assert results[0]["certified"] > 0
     assert (results[0]["dataset"], results[0]["images"]) == ("digits", 20)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "w.pt", "networks.py", "list.json", "one.json"])
+def test_the_results_replace_nothing_but_results(here, tmp_path, name):
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "one.json").write_text('{"network": "a", "dataset": "digits"}')
+    before = (tmp_path / name).read_bytes()
+    (tmp_path / "link").symlink_to(name)
+    for output in (name, "link"):
+        outcome = here("evaluate", "model.onnx", *ON_DIGITS, "--output", output)
+        assert_refused(outcome, "--output: expected a new file", f"found {output}")
+        assert outcome[1] == ""  # before anything is computed
+    assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices have no such paths")
+def test_no_results_are_written_to_a_device(here):
+    outcome = here("evaluate", "model.onnx", *ON_DIGITS, "--output", os.devnull)
+    assert_refused(outcome, "--output: expected a new file", os.devnull)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX")
+def test_the_results_are_where_a_link_leads_and_the_file_keeps_its_mode(here, tmp_path):
+    file, link = tmp_path / "private.json", tmp_path / "link.json"
+    file.touch(mode=0o600)
+    link.symlink_to(file)
+    for _ in range(2):  # an empty file is replaced, and results are
+        assert here("evaluate", "model.onnx", *ON_DIGITS, "--output", "link.json")[0] == 0
+        assert link.is_symlink()
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert json.loads(file.read_text())["dataset"] == "digits"
 
 
 def test_a_network_near_chance_is_warned_of(here):

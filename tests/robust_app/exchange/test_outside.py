@@ -1,6 +1,7 @@
 """Networks of others; what the command says of them is in test_evaluate_command.py."""
 
 import dataclasses
+import math
 
 import onnx
 import pytest
@@ -92,6 +93,23 @@ def test_a_network_of_another_kind_of_output_is_refused(digits):
         check_classifies(Pair(), digits)
 
 
+@pytest.mark.parametrize(
+    ("number", "name", "message"),
+    [
+        (math.nan, "1.weight", "expected finite logits, found nan; not finite: 1.weight$"),
+        (math.inf, "3.bias", "expected finite logits, found inf; not finite: 3.bias$"),
+        (math.nan, "2.running_mean", "found nan; not finite: 2.running_mean$"),
+        (3e38, "3.weight", "expected finite logits, found [a-z-]+$"),
+    ],
+)
+def test_what_is_not_finite_in_a_network_is_named(digits, number, name, message):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
+    network.state_dict()["2.bias"].fill_(100.0)  # so that 3e38 is too much
+    network.state_dict()[name].fill_(number)
+    with pytest.raises(UserError, match=message):
+        check_classifies(network.eval(), digits)
+
+
 def small():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
@@ -135,7 +153,9 @@ def save_changed(path, change):
             lambda s: [s.pop(name) for name in list(s) if name.startswith("1.")],
             r"missing: 1.bias, 1.num_batches_tracked, 1.running_mean and 2 more$",
         ),
-        (lambda s: s.update(name="mine"), "expected a state_dict, found dict$"),
+        (lambda s: s.update(name="mine"), "expected a state_dict, found a dictionary of 0.bias, "),
+        (lambda s: [s.clear(), s.update(net=3)], "found a dictionary of net$"),
+        (lambda s: s.clear(), "does not fit the network; missing: "),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
