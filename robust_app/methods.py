@@ -174,7 +174,8 @@ def check_changes(config: Config, changed: Config) -> None:
     not. FOSC's are not among them: a schedule has them for AdvIBP and for what is compared with it.
 
     Raises:
-        UserError: a setting differs that the changed configuration leaves unread.
+        UserError: a setting differs that the changed configuration leaves unread, or that comes
+            after its end.
     """
     method = find(changed.method)
     stages = ("stage_epochs", "stage_learning_rate", "stage_milestones")
@@ -188,6 +189,23 @@ def check_changes(config: Config, changed: Config) -> None:
         was, now = getattr(config, name), getattr(changed, name)
         if so and now != was:
             raise UserError(f"{name}: expected {_said(was)} {where}, found {_said(now)}")
+    earlier = _times(config)
+    for name, (epochs, end) in _times(changed).items():
+        late = [epoch for epoch in epochs if end <= epoch < math.inf]
+        if late and earlier[name] != (epochs, end):
+            raise UserError(
+                f"{name}: expected less than the {end} epochs, found {_said(late[0])} "
+                "(train --epochs shortens the whole schedule)"
+            )
+
+
+def _times(config: Config) -> dict[str, tuple[tuple[float, ...], int]]:
+    """The epochs at which something is to happen, and the number of them, by setting."""
+    return {
+        "milestones": (config.milestones, config.epochs),
+        "first_batch_norm_frozen_from": ((config.first_batch_norm_frozen_from,), config.epochs),
+        "stage_milestones": (config.stage_milestones, config.stage_epochs),
+    }
 
 
 def _ignored(method: Method) -> list[str]:
@@ -200,7 +218,7 @@ def _ignored(method: Method) -> list[str]:
         "authors_weights": method.rule is not paper_rule,
         "regularization": method.rule is not paper_rule,
         "preference": method.rule is None,
-        "moment_decay": method.rule is None,
+        "moment_decay": method.rule is not paper_rule,
         "attack_step": not adversarial or method.attack is not fgsm_random,
         "attack_steps": method.attack is not pgd,
         "one_start_per_batch": not adversarial or method.attack is fgsm,

@@ -103,6 +103,10 @@ def test_an_unknown_method_names_the_nearest():
             "first_batch_norm_frozen_from: expected inf without batch_norm, found 2",
         ),
         (
+            {"method": "weighted-sum", "moment_decay": (0.5, 0.99)},
+            "moment_decay: expected [0.9, 0.99] for weighted-sum, found [0.5, 0.99]",
+        ),
+        (
             {"method": "ibp", "adversarial_epochs": 0.0, "preference": (1, 2)},
             "preference: expected [1, 1] for ibp, found [1, 2]",
         ),
@@ -167,8 +171,8 @@ def test_a_configuration_that_a_method_would_ignore_is_refused(changes, message)
         (
             "advibp",
             {"stages": 1},
-            {"stage_epochs": 3},
-            "stage_epochs: expected 10 without stages, found 3",
+            {"stage_epochs": 30},
+            "stage_epochs: expected 10 without stages, found 30",
         ),
         (
             "advibp",
@@ -185,6 +189,41 @@ def test_a_change_of_what_a_run_does_not_read_is_refused(method, read, changes, 
     assert str(error.value) == message
     check_changes(config, dataclasses.replace(config, **read, **changes))
     check_changes(dataclasses.replace(config, **changes), dataclasses.replace(config, **changes))
+
+
+SHORT = dataclasses.replace(
+    DIGITS,
+    epochs=10,
+    milestones=(9.9,),
+    natural_epochs=0.0,
+    adversarial_epochs=0.0,
+    ramp_epochs=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "epoch"),
+    [
+        ({"milestones": (2.0, 10.0)}, "milestones", "10"),
+        ({"milestones": (12.5,)}, "milestones", "12.5"),
+        ({"first_batch_norm_frozen_from": 10.0}, "first_batch_norm_frozen_from", "10"),
+        ({"stage_milestones": (11.0,)}, "stage_milestones", "11"),
+    ],
+)
+def test_what_would_come_after_the_end_is_refused(changes, name, epoch):
+    config = dataclasses.replace(SHORT, stages=1, stage_epochs=10, batch_norm=True)
+    changed = dataclasses.replace(config, **changes)
+    message = f"{name}: expected less than the 10 epochs, found {epoch} (train --epochs shortens"
+    with pytest.raises(UserError) as error:
+        check_changes(config, changed)
+    assert str(error.value).startswith(message)
+    check_changes(config, dataclasses.replace(changed, epochs=20, stage_epochs=20))
+    check_changes(changed, dataclasses.replace(changed, seed=1))  # a recipe may have it
+
+
+def test_a_run_that_is_cut_short_is_to_keep_its_milestones():
+    with pytest.raises(UserError, match=r"milestones: expected less than the 9 epochs, found 9.9"):
+        check_changes(SHORT, dataclasses.replace(SHORT, epochs=9))
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
