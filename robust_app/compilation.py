@@ -5,6 +5,7 @@ some operations have derivatives of their own: Python that no compiler needs to 
 is differentiated once to note all operations down to the gradients, and these are compiled.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,9 @@ class CompiledLosses(Losses):
         if key not in self._compiled:
             operations = make_fx(evaluate)(*tensors)
             self._compiled[key] = torch.compile(operations, fullgraph=True, dynamic=False)
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # Of some torch versions the advice to take TF32: what products are in is a setting.
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
             loss, found, gradients = self._compiled[key](*tensors)
         leaves = [x_adv.detach().requires_grad_() for x_adv in found]
         for x_adv in leaves:

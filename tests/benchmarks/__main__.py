@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def describe(arguments: Sequence[str], device: torch.device) -> dict[str, Any]:
         "threads": found["threads"],
         "torch": torch.__version__,
         "Python": found["python"],
-        "torchjd": version("torchjd"),
+        "torchjd": version("torchjd") if find_spec("torchjd") else None,
         "commit": found["commit"],
         "seed": found["seed"],
         "command": shlex.join(["python", "-m", "tests.benchmarks", *arguments]),

@@ -33,7 +33,8 @@ CHANGING = changing_runs(batch_size=8)  # ten steps an epoch: each structure is 
 def gpu() -> Iterator[World]:
     with join("cuda") as world:
         yield world
-    torch.cuda.set_sync_debug_mode("default")
+    if torch.cuda.get_sync_debug_mode():
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def trainer_of(config, world: World, kind: type[Eager] = Eager) -> Trainer:

@@ -313,13 +313,24 @@ def test_the_short_schedule_ends_with_both_losses_after_the_learning_rate_has_fa
     assert recipes.load(f"mnist-{model}-ibp-short").certified_epochs == 0
 
 
+@pytest.mark.parametrize("radius", ["2-255", "8-255", "16-255"])
+@pytest.mark.parametrize("model", ["dm-small", "dm-large"])
+def test_the_short_schedule_of_cifar10_ends_with_both_losses_too(model, radius):
+    for method in ("advibp", "advcrown-ibp", "weighted-sum"):
+        config = recipes.load(f"cifar10-{model}-{radius}-{method}-short")
+        phases = [setting(config, t).phase for t in (140.9, 141.1)]
+        assert phases == [Phase.CERTIFIED, Phase.MAIN]
+        assert [setting(config, t).epsilon == config.epsilon for t in (40.9, 41)] == [False, True]
+        assert setting(config, 141.1).learning_rate == pytest.approx(0.04 * 1e-3)
+
+
 def test_what_is_tuned_for_two_networks_is_in_no_other_recipe():
     for name, config in every():
-        tuned = name.startswith("mnist-") and name.endswith("-short")
+        tuned = name.startswith(("mnist-", "cifar10-")) and name.endswith("-short")
         tuned = tuned and config.model in ("dm-small", "dm-large")
         assert config.reference_fan_in == (256 if tuned else 0), name
         both = config.method in ("advibp", "advcrown-ibp", "weighted-sum")
-        frozen_from = 40 if tuned and both else math.inf
+        frozen_from = 40 if tuned and both and name.startswith("mnist-") else math.inf
         assert config.first_batch_norm_frozen_from == frozen_from, name
 
 
@@ -327,10 +338,11 @@ def test_the_short_schedule_of_other_networks_is_that_of_shi_et_al():
     assert recipes.load("mnist-dm-medium-short").epochs == 70  # DM-Small's and DM-Large's differ
 
 
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
 @pytest.mark.parametrize("method", methods.METHODS)
-def test_dm_large_takes_over_the_short_schedule_of_dm_small(method):
+def test_dm_large_takes_over_the_short_schedule_of_dm_small(method, dataset):
     small, large = (
-        recipes.load(f"mnist-{size}-{method}-short") for size in ("dm-small", "dm-large")
+        recipes.load(f"{dataset}-{size}-{method}-short") for size in ("dm-small", "dm-large")
     )
     assert dataclasses.replace(large, model="dm-small") == small
 
