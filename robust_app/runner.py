@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -62,17 +63,9 @@ def train(
         directory.start(config)
     elif directory.config() != config:  # begun since this process looked, before it had the lock
         raise UserError(f"{directory.path}: holds another run")
-    earlier = directory.environments()
-    directory.add_environment(made_with)
     console.print(f"run directory: {directory.path}", markup=False, soft_wrap=True)
-    changed = list(environment.differences(earlier[-1], made_with)) if earlier else []
-    if changed:
-        console.print(
-            f"resumed where it may end with other bits than unbroken ({'; '.join(changed)})",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+    if not session.has_trained(directory, stop_after):
+        _note_start(directory, made_with, console)
     try:
         with ExitStack() as stack:
             watchers: list[Watcher] = [
@@ -86,6 +79,20 @@ def train(
             _draw(directory)
         raise
     _draw(directory)
+
+
+def _note_start(directory: RunDirectory, made_with: dict[str, Any], console: Console) -> None:
+    """Keep what a start of the run is made with, and tell where that differs from the last one."""
+    earlier = directory.environments()
+    directory.add_environment(made_with)
+    changed = list(environment.differences(earlier[-1], made_with)) if earlier else []
+    if changed:
+        console.print(
+            f"resumed where it may end with other bits than unbroken ({'; '.join(changed)})",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _draw(directory: RunDirectory) -> None:

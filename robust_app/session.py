@@ -173,6 +173,13 @@ def _mend(
         watcher.note(lost)
 
 
+def has_trained(directory: RunDirectory, epochs: int) -> bool:
+    """Whether so many epochs are done, their networks written too: nothing is left to train."""
+    last = directory.last_file
+    done = checkpoint.load(last).get("epoch") if last.exists() else None
+    return isinstance(done, int) and done >= epochs
+
+
 def lost_best(directory: RunDirectory) -> str | None:
     """What to tell where ``metrics.jsonl`` has a best epoch, and its network is gone."""
     best = best_epoch(directory.metrics())

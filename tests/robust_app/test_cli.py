@@ -212,8 +212,19 @@ def test_a_run_that_is_done_is_evaluated_once(robust_app, tmp_path):
     assert len(set(steps)) == 2
 
 
+def test_a_start_that_trains_nothing_is_not_noted(robust_app, tmp_path):
+    robust_app("train", *QUICK, "--run-dir", "run", "--stop-after", "1")
+    made = RunDirectory(tmp_path / "run").environments()
+    again = ("train", "--run-dir", "run", "--resume", "--execution", "compile")
+    _, out, _ = robust_app(*again, "--stop-after", "1")
+    assert "paused after epoch 1" in out
+    assert "other bits" not in out
+    assert RunDirectory(tmp_path / "run").environments() == made
+
+
 STAGES = (
-    *("--set", "epochs=2", "--set", "natural_epochs=0", "--set", "adversarial_epochs=0"),
+    *("--set", "epochs=2", "--set", "milestones=[]", "--set", "natural_epochs=0"),
+    *("--set", "adversarial_epochs=0", "--set", "stage_milestones=[]"),
     *("--set", "ramp_epochs=1", "--set", "stages=2", "--set", "stage_epochs=2"),
     *("--set", "batch_size=400", "--set", "pgd_steps=2"),
 )
