@@ -282,6 +282,11 @@ class UnbiasedMultiGradient(Wrapper):
         self._pending, self._keep = None, True
         super().zero_grad(set_to_none)
 
+    def __repr__(self) -> str:
+        names = ("rule", "priority", "moment_decay", "nonfinite")
+        own = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{type(self).__name__}({own}, base={self.base!r})"
+
     def _added_state(self) -> dict[str, Any]:
         moments = self._moments
         return {

@@ -415,7 +415,9 @@ def test_load_drops_what_was_accumulated_or_skipped():
 
 def test_repr_and_profiler_name():
     _, optimizer = trained()
-    assert repr(optimizer).startswith("UnbiasedMultiGradient (\nParameter Group 0")
+    assert repr(optimizer).startswith("UnbiasedMultiGradient(rule=BisectorProjection(")
+    assert f", moment_decay={optimizer.moment_decay}, nonfinite=" in repr(optimizer)
+    assert repr(optimizer).endswith(f"base={optimizer.base!r})")
     with torch.profiler.profile() as profile:
         optimizer.step()
     names = {event.key for event in profile.key_averages()}

@@ -142,7 +142,7 @@ def test_the_complete_verifier_stops_at_its_time_limit(robust_app, finished_run)
 def test_a_time_limit_that_could_not_be_kept_is_refused(robust_app, finished_run, limit):
     before = (finished_run / "results.json").read_bytes()
     outcome = robust_app("evaluate", finished_run, "--images", "3", "--time-limit", limit)
-    assert_refused(outcome, "time limit", "positive, finite")
+    assert_refused(outcome, "--time-limit: expected a positive, finite number")
     assert (finished_run / "results.json").read_bytes() == before
 
 
