@@ -55,19 +55,19 @@ INTEGER = Rule("an integer of at least 0, of 64 bits", lambda v: _whole(v, 0, sy
 ATTEMPTS = Rule("an integer from 1 to 1000000", lambda v: _whole(v, 1, 10**6), int)
 UNIT = Rule("a number in [0, 1]", lambda v: _within(v, 0, 1), float)
 FACTOR = Rule("a number in (0, 1]", lambda v: _within(v, _TINY, 1), float)
-POSITIVE = Rule("a finite number above 0", lambda v: _within(v, _TINY, _HUGE), float)
+POSITIVE = Rule("a number above 0, up to 3.4e38", lambda v: _within(v, _TINY, _HUGE), float)
 # In the range of floats, also times multipliers and divided by 1 - β₁ of Adam.
 RATE = Rule("a number above 0, up to 1e30", lambda v: _within(v, _TINY, 1e30), float)
 LATER = Rule("a number of at least 1, or inf", lambda v: _within(v, 1, math.inf), float)
 LIMIT = Rule("a number above 0, or inf", lambda v: _within(v, _TINY, math.inf), float)
-NONNEGATIVE = Rule("a finite number of at least 0", lambda v: _within(v, 0, _HUGE), float)
+NONNEGATIVE = Rule("a number from 0 to 3.4e38", lambda v: _within(v, 0, _HUGE), float)
 NONNEGATIVES = Rule(
-    "a list of finite numbers of at least 0",
+    "a list of numbers from 0 to 3.4e38",
     lambda v: isinstance(v, _LIST) and all(_within(x, 0, _HUGE) for x in v),
     _floats,
 )
 POSITIVE_PAIR = Rule(
-    "two finite numbers above 0",
+    "two numbers above 0, up to 3.4e38",
     lambda v: isinstance(v, _LIST) and len(v) == 2 and all(_within(x, _TINY, _HUGE) for x in v),
     _floats,
 )
