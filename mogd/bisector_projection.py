@@ -1,8 +1,10 @@
 """The paper's rule (Algorithm 1, lines 12-22): bisector in agreement, projection in conflict."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeGuard
+from numbers import Real
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -131,18 +133,21 @@ class BisectorProjection(Rule):
     length: Literal["mean_norm", "norm_of_mean"] = "mean_norm"
 
     def __post_init__(self) -> None:
-        if not _is_number(self.regularization) or not 0.0 <= self.regularization < float("inf"):
+        regularization = _number(self.regularization)
+        if not 0.0 <= regularization < math.inf:
             raise ValueError(
                 f"regularization must be finite and at least 0, got {self.regularization!r}"
             )
+        object.__setattr__(self, "regularization", regularization)
         if self.preference is not None:
             several = isinstance(self.preference, tuple | list) and len(self.preference) > 1
-            if not several or not all(map(_is_positive, self.preference)):
+            preference = tuple(map(_number, self.preference)) if several else ()
+            if not preference or not all(0.0 < p < math.inf for p in preference):
                 raise ValueError(
                     "preference must be a finite number above 0 for each of two or more losses, "
                     f"got {self.preference!r}"
                 )
-            object.__setattr__(self, "preference", tuple(map(float, self.preference)))
+            object.__setattr__(self, "preference", preference)
         if self.length not in ("mean_norm", "norm_of_mean"):
             raise ValueError(f"length must be 'mean_norm' or 'norm_of_mean', got {self.length!r}")
 
@@ -174,12 +179,14 @@ class BisectorProjection(Rule):
         )
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_positive(value: object) -> bool:
-    return _is_number(value) and 0.0 < value < float("inf")
+def _number(value: object) -> float:
+    """Any number, numpy's too, as a float; NaN for what is none."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # of an integer
+        return math.inf
 
 
 def _or_0(quotient: Tensor, denominator: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -255,7 +256,18 @@ def test_no_preference_makes_a_weight_infinite(preference, scale):
 
 @pytest.mark.parametrize(
     "preference",
-    [(1.0,), (), (0.0, 1.0), (-1.0, 1.0), (math.inf, 1.0), (math.nan, 1), (1, True), 1.0, "12"],
+    [
+        (1.0,),
+        (),
+        (0.0, 1.0),
+        (-1.0, 1.0),
+        (math.inf, 1.0),
+        (math.nan, 1),
+        (1, True),
+        (10**400, 1),
+        1.0,
+        "12",
+    ],
 )
 def test_a_bad_preference_is_refused(preference):
     with pytest.raises(ValueError, match=r"preference must be a finite number above 0 for each"):
@@ -278,12 +290,18 @@ def test_with_the_norm_of_the_mean_the_mean_norm_does_not_count(m, favoured, a, 
         assert abs(step @ other) <= 1e-9 * m[favoured].norm() * other.norm()
 
 
+def test_scalars_of_numpy_are_numbers():
+    rule = BisectorProjection(np.float32(0.25), (np.int64(1), np.float32(2)))
+    assert rule == BisectorProjection(0.25, (1.0, 2.0))
+    assert type(rule.regularization) is float
+
+
 def test_an_unknown_length_is_refused():
     with pytest.raises(ValueError, match="length must be 'mean_norm' or 'norm_of_mean', got 'm'"):
         BisectorProjection(length="m")
 
 
-@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, None, True])
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, None, True, 10**400])
 def test_a_bad_regularisation_is_refused(value):
     with pytest.raises(ValueError, match=rf"regularization must be finite .* got {value}"):
         BisectorProjection(regularization=value)
