@@ -1,6 +1,7 @@
 """The command ``robust-app evaluate``."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,8 @@ def evaluate(
         str | None, typer.Option(help=f"{OF_OUTSIDE}a name from `robust-app datasets`.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help=f"{OF_OUTSIDE}a JSON file for the results.")
+        Path | None,
+        typer.Option(help="A JSON file for the results; of a run, in the place of its own."),
     ] = None,
     epsilon: Epsilon = None,
     verifier: VerifierNames = None,
@@ -75,10 +77,10 @@ def evaluate(
         if not world.leads:
             return
         if target is not None and target.suffix != ".onnx":
-            for option, value in (("weights", weights), ("dataset", dataset), ("output", output)):
+            for option, value in (("weights", weights), ("dataset", dataset)):
                 if value is not None:
                     raise UserError(f"--{option}: a run has its own; for a FILE.onnx or --model")
-            _evaluate_run(RunDirectory(target), changes, data_root, download, world.device)
+            _evaluate_run(RunDirectory(target), changes, data_root, download, world.device, output)
             return
         if dataset is None or epsilon is None:
             raise UserError("evaluate: a network from elsewhere needs --dataset and --epsilon")
@@ -106,10 +108,11 @@ def _evaluate_run(
     data_root: Path | None,
     download: bool,
     device: torch.device,
+    output: Path | None,
 ) -> None:
     config = directory.config()
     how = dataclasses.replace(Examination.of(config), **changes)
     dataset = data.load(config.dataset, data_root or directory.data_root(), download).to(device)
     check_data(directory, dataset)
-    with directory.locked():
-        runner.evaluate(directory, dataset, reporting.console(), how, config.seed)
+    with directory.locked() if output is None else nullcontext():
+        runner.evaluate(directory, dataset, reporting.console(), how, config.seed, output)

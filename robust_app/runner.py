@@ -103,21 +103,32 @@ def _draw(directory: RunDirectory) -> None:
 
 
 def evaluate(
-    directory: RunDirectory, dataset: Dataset, console: Console, how: Examination, seed: int
+    directory: RunDirectory,
+    dataset: Dataset,
+    console: Console,
+    how: Examination,
+    seed: int,
+    output: Path | None = None,
 ) -> None:
     """Evaluate a run's best and last network on the test images; print and keep the errors.
 
     Args:
-        directory: of the run, locked.
+        directory: of the run; locked, unless there is an ``output``.
         dataset: the run's own.
         console: where to.
         how: what to do with the images.
         seed: see :func:`robust_app.examination.measure`.
+        output: a JSON file to write in the place of the run's, which is left as it is then; see
+            :func:`robust_app.exchange.results.check`.
 
     Raises:
-        UserError: a file is missing or damaged, or ``how`` does not fit the network or the data.
+        UserError: a file is missing or damaged, ``how`` does not fit the network or the data, or
+            the output cannot be written.
     """
-    directory.results()  # a damaged file is to be noticed before the work, not after it
+    if output is None:
+        directory.results()  # a damaged file is to be noticed before the work, not after it
+    else:
+        results.check(output)
     rows: dict[int, tuple[str, Errors]] = {}
     images = how.images or len(dataset.x_test)
     if lost := session.lost_best(directory):
@@ -145,12 +156,15 @@ def evaluate(
             )
     facts = environment.describe(dataset.x_test.device, 1, seed, None)
     made_with = {"environment": facts, "data": dataset.checksum}
-    directory.add_results(
-        [
-            {"network": name, **dataclasses.asdict(how), **errors.as_dict(), **made_with}
-            for name, errors in rows.values()
-        ]
-    )
+    made = dataclasses.asdict(how)
+    entries = [
+        {"network": name, **made, **errors.as_dict(), **made_with} for name, errors in rows.values()
+    ]
+    if output is None:
+        directory.add_results(entries)
+    else:
+        of_run = {"network": str(directory.path), "dataset": dataset.name, **made}
+        results.write(output, of_run | {"networks": entries})
 
 
 def evaluate_outside(

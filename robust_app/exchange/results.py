@@ -1,4 +1,4 @@
-"""The file of ``robust-app evaluate --output``: the errors of a network from elsewhere."""
+"""The file of ``robust-app evaluate --output``: errors that are kept in no run."""
 
 import json
 import shutil

@@ -109,6 +109,24 @@ def test_evaluate_reports_counts_that_add_up(robust_app, finished_run):
     assert results[-1]["pgd_steps"] == 3
 
 
+def test_with_an_output_the_run_is_left_as_it_is(robust_app, finished_run, tmp_path):
+    (finished_run / ".lock").unlink()
+    before = {file.name: file.read_bytes() for file in finished_run.iterdir()}
+    evaluation = ("evaluate", finished_run, "--images", "20", "--epsilon", "0.05")
+    assert robust_app(*evaluation, "--output", "errors.json")[0] == 0
+    assert {file.name: file.read_bytes() for file in finished_run.iterdir()} == before
+    found = json.loads((tmp_path / "errors.json").read_text())
+    assert (found["network"], found["dataset"]) == (str(finished_run), "digits")
+    assert robust_app(*evaluation)[0] == 0
+    kept = RunDirectory(finished_run).results()[-len(found["networks"]) :]
+    for one, other in zip(found["networks"], kept, strict=True):
+        for result in (one, other):
+            del result["shares"], result["environment"]["command"]  # seconds, and the output
+        assert one == other
+    outcome = robust_app(*evaluation, "--output", finished_run / "results.json")
+    assert_refused(outcome, "--output: expected a new file")
+
+
 def test_a_cascade_shows_who_decided_what(robust_app, finished_run):
     cascade = ("--verifier", "ibp,crown-ibp", "--images", "40", "--time-limit", "5")
     status, out, _ = robust_app("evaluate", finished_run, *cascade, "--epsilon", "0.02")

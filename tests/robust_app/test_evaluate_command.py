@@ -153,7 +153,6 @@ def test_images_of_another_shape_are_refused(here, tmp_path):
         (("absent", "--epsilon", "0.1"), ("absent", "no run here")),
         (("networks.py", *ON_DIGITS), ("the folder of a run or a FILE.onnx, found networks.py",)),
         ((".", "--dataset", "digits"), ("--dataset", "a run has its own")),
-        ((".", "--output", "o.json"), ("--output", "a run has its own")),
         (("model.onnx", "--dataset", "digit", "--epsilon", "0.1"), ("'digit'", "'digits'")),
         (("model.onnx", "--dataset", "digits", "--epsilon", "nan"), ("epsilon", "[0, 1]", "nan")),
         (("model.onnx", *ON_DIGITS, "--output", "."), ("--output", "a file", "folder .")),
