@@ -67,7 +67,8 @@ def recipes(
     if name is None:
         _show(listings.of_recipes())
     else:
-        print(f"description = {json.dumps(recipe_book.description(name), ensure_ascii=False)}")
+        if description := recipe_book.description(name):
+            print(f"description = {json.dumps(description, ensure_ascii=False)}")
         print(recipe_book.load(name).to_toml(), end="")
 
 

@@ -13,7 +13,9 @@ from robust_app.run_directory import RunDirectory
 
 
 def plot(
-    run_dirs: Annotated[list[Path], typer.Argument(help="Of runs, complete or in progress.")],
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR", help="Of runs, complete or in progress.")
+    ],
     out: Annotated[
         Path, typer.Option(metavar="NAME", help="Of both pictures, without .png and .svg.")
     ] = Path("curves"),

@@ -374,6 +374,12 @@ def test_a_printed_recipe_is_a_file_for_train(robust_app, tmp_path, name):
     assert recipes.description(tmp_path / "mine.toml") == recipes.description(name)
 
 
+def test_a_recipe_without_a_description_is_printed_as_it_is(robust_app, tmp_path):
+    text = recipes.load("digits").to_toml()
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
+    assert robust_app("recipes", "mine.toml")[1] == text
+
+
 def test_a_printed_recipe_trains(robust_app, tmp_path):
     (tmp_path / "mine.toml").write_text(robust_app("recipes", "digits")[1], encoding="utf-8")
     status, out, _ = robust_app("train", "--recipe", "mine.toml", *QUICK, "--stop-after", "1")

@@ -97,3 +97,7 @@ def test_labels_are_ends_of_paths_and_all_different(ends):
 
 def test_a_run_named_twice_is_one_run():
     assert labels([Path("/a/run"), Path("/b/run"), Path("/a/run")]) == ["a/run", "b/run", "a/run"]
+
+
+def test_runs_are_asked_for_by_the_name_that_the_help_has(robust_app):
+    assert_refused(robust_app("plot"), "Missing argument 'RUN_DIR'")
