@@ -136,7 +136,8 @@ class BisectorProjection(Rule):
         regularization = _number(self.regularization)
         if not 0.0 <= regularization < math.inf:
             raise ValueError(
-                f"regularization must be finite and at least 0, got {self.regularization!r}"
+                "regularization must be a number, finite and at least 0, "
+                f"got {self.regularization!r}"
             )
         object.__setattr__(self, "regularization", regularization)
         if self.preference is not None:
@@ -144,8 +145,8 @@ class BisectorProjection(Rule):
             preference = tuple(map(_number, self.preference)) if several else ()
             if not preference or not all(0.0 < p < math.inf for p in preference):
                 raise ValueError(
-                    "preference must be a finite number above 0 for each of two or more losses, "
-                    f"got {self.preference!r}"
+                    "preference must be a tuple or list, a finite number above 0 for each of two "
+                    f"or more losses, got {self.preference!r}"
                 )
             object.__setattr__(self, "preference", preference)
         if self.length not in ("mean_norm", "norm_of_mean"):

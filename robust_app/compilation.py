@@ -87,9 +87,11 @@ class CompiledLosses(Losses):
         if key not in self._compiled:
             operations = make_fx(evaluate)(*tensors)
             self._compiled[key] = torch.compile(operations, fullgraph=True, dynamic=False)
-        with torch.no_grad(), warnings.catch_warnings():
-            # Of some torch versions the advice to take TF32: what products are in is a setting.
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+            with torch.no_grad(), warnings.catch_warnings():
+                # Some torch versions then advise TF32: what products are in is a setting.
+                warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+                self._compiled[key](*tensors)
+        with torch.no_grad():
             loss, found, gradients = self._compiled[key](*tensors)
         leaves = [x_adv.detach().requires_grad_() for x_adv in found]
         for x_adv in leaves:

@@ -105,8 +105,9 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
         with resources.as_file(resources.files("robust_app") / "digits.npz") as path:
             return _assemble(name, read_npz(path))
     if name not in SOURCES:
-        if name.endswith(".npz"):
-            raise UserError(f"dataset {shown(name)}: a file of your own is npz:{name}")
+        if name.lower().endswith(".npz"):
+            own = shown(f"npz:{name}")
+            raise UserError(f"dataset {shown(name)}: a file of your own is {own}")
         raise unknown("dataset", name, DATASETS)
     if data_root is None:
         raise UserError(f"dataset {name} needs --data-root, the folder its files lie in")

@@ -1,6 +1,7 @@
 """The command ``robust-app evaluate``."""
 
 import dataclasses
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +61,8 @@ def evaluate(
 
     Of a run's best and last network, or of a network from elsewhere.
     """
+    if not 0 < time_limit < math.inf:
+        raise UserError(f"--time-limit: expected a positive, finite number, found {time_limit}")
     given: dict[str, Any] = {
         "epsilon": epsilon,
         "pgd_steps": pgd_steps,

@@ -44,7 +44,7 @@ class Examination:
             raise UserError(f"epsilon: expected a number in [0, 1], found {shown(self.epsilon)}")
         if not _is_number(self.time_limit) or not 0 < self.time_limit < math.inf:
             found = shown(self.time_limit)
-            raise UserError(f"--time-limit: expected a positive, finite number, found {found}")
+            raise UserError(f"time_limit: expected a positive, finite number, found {found}")
         counts = {"pgd_steps": ATTEMPTS, "pgd_restarts": ATTEMPTS}
         if self.images is not None:
             counts["images"] = POSITIVE_INTEGER

@@ -218,7 +218,7 @@ def _ignored(method: Method) -> list[str]:
         "authors_weights": method.rule is not paper_rule,
         "regularization": method.rule is not paper_rule,
         "preference": method.rule is None,
-        "moment_decay": method.rule is not paper_rule,
+        "moment_decay": method.rule is None,
         "attack_step": not adversarial or method.attack is not fgsm_random,
         "attack_steps": method.attack is not pgd,
         "one_start_per_batch": not adversarial or method.attack is fgsm,

@@ -23,6 +23,7 @@ from robust_app.verifiers import VERIFIERS
 from robust_app.watching import Watcher, Watchers
 
 SEED = 0  # of the images and attacks of a network from elsewhere
+REMEMBERED = ("data_root", "on_divergence")  # from start to start
 NEAR_CHANCE = 0.1  # the share of what one class for all gets wrong, below which to warn
 
 
@@ -64,8 +65,7 @@ def train(
     elif directory.config() != config:  # begun since this process looked, before it had the lock
         raise UserError(f"{directory.path}: holds another run")
     console.print(f"run directory: {directory.path}", markup=False, soft_wrap=True)
-    if not session.has_trained(directory, stop_after):
-        _note_start(directory, made_with, console)
+    _note_start(directory, made_with, console, session.has_trained(directory, stop_after))
     try:
         with ExitStack() as stack:
             watchers: list[Watcher] = [
@@ -81,9 +81,19 @@ def train(
     _draw(directory)
 
 
-def _note_start(directory: RunDirectory, made_with: dict[str, Any], console: Console) -> None:
-    """Keep what a start of the run is made with, and tell where that differs from the last one."""
+def _note_start(
+    directory: RunDirectory, made_with: dict[str, Any], console: Console, is_done: bool
+) -> None:
+    """Keep what a start of the run is made with, and tell where that differs from the last one.
+
+    Of one that finds nothing to train, only what the next one is to know is new.
+    """
     earlier = directory.environments()
+    if is_done and earlier:
+        remembered = {name: made_with[name] for name in REMEMBERED}
+        if earlier[-1] | remembered != earlier[-1]:
+            directory.add_environment(earlier[-1] | remembered)
+        return
     directory.add_environment(made_with)
     changed = list(environment.differences(earlier[-1], made_with)) if earlier else []
     if changed:
@@ -154,8 +164,7 @@ def evaluate(
                 markup=False,
                 soft_wrap=True,
             )
-    facts = environment.describe(dataset.x_test.device, 1, seed, None)
-    made_with = {"environment": facts, "data": dataset.checksum}
+    made_with = _made_with(dataset, seed)
     made = dataclasses.asdict(how)
     entries = [
         {"network": name, **made, **errors.as_dict(), **made_with} for name, errors in rows.values()
@@ -214,7 +223,13 @@ def evaluate_outside(
     _show(console, dataset, how, [(name, errors)])
     if output is not None:
         content = {"network": name, "dataset": dataset.name, **dataclasses.asdict(how)}
-        results.write(output, content | errors.as_dict())
+        results.write(output, content | errors.as_dict() | _made_with(dataset, SEED))
+
+
+def _made_with(dataset: Dataset, seed: int) -> dict[str, Any]:
+    """What an evaluation depends on."""
+    facts = environment.describe(dataset.x_test.device, 1, seed, None)
+    return {"environment": facts, "data": dataset.checksum}
 
 
 def _accuracy_of_one_class(dataset: Dataset) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robust_app import archives
 from robust_app.batches import as_float
 from robust_app.data import Dataset
-from robust_app.errors import UserError, one_line
+from robust_app.errors import UserError, one_line, shown
 from robust_app.evaluation import CHUNK
 from robust_app.exchange import packages
 from robust_app.exchange.parity import check_parity
@@ -21,7 +21,7 @@ from robust_app.exchange.tensors import read_model
 PREFIXES = ("module.", "_orig_mod.")
 """What ``DataParallel`` and ``torch.compile`` put before the names of parameters."""
 
-INSIDE = ("state_dict", "model", "network")
+INSIDE = ("state_dict", "model_state_dict", "model", "network")
 """Where files keep a ``state_dict`` that is not all that they hold."""
 
 SHOWN = 3
@@ -114,9 +114,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        keys = isinstance(content, dict) and _some(set(map(str, content)))
-        found = f"a dictionary of {keys}" if keys else type(content).__name__
-        raise UserError(f"{path}: expected a state_dict, found {found}")
+        raise UserError(
+            f"{path}: expected a state_dict, or one as {', '.join(INSIDE)}, found {_kinds(content)}"
+        )
     state = {_stripped(str(name)): value for name, value in content.items()}
     expected = network.state_dict()
     shared = expected.keys() & state.keys()
@@ -124,6 +124,11 @@ def load_weights(network: nn.Module, path: Path) -> None:
         "missing": expected.keys() - state.keys(),
         "not of this network": state.keys() - expected.keys(),
         "of another shape": {n for n in shared if state[n].shape != expected[n].shape},
+        "no real floating-point numbers": {
+            n
+            for n in shared
+            if expected[n].is_floating_point() and not state[n].is_floating_point()
+        },
     }
     if any(problems.values()):
         found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
@@ -158,7 +163,8 @@ def check_classifies(network: nn.Module, dataset: Dataset) -> None:
     if not logits.isfinite().all():
         found = logits[~logits.isfinite()][0].item()
         state = network.state_dict()
-        spoiled = {name for name, value in state.items() if not value.isfinite().all()}
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        spoiled = {name for name, value in tensors.items() if not value.isfinite().all()}
         where = f"; not finite: {_some(spoiled)}" if spoiled else ""
         raise UserError(f"expected finite logits, found {found}{where}")
 
@@ -182,6 +188,15 @@ def _stripped(name: str) -> str:
     while name.startswith(PREFIXES):
         name = name.split(".", 1)[1]
     return name
+
+
+def _kinds(content: Any) -> str:
+    """What a file holds that is no state_dict: of a dictionary, what in it are no tensors."""
+    if not isinstance(content, dict):
+        return type(content).__name__
+    others = {str(name): value for name, value in content.items() if not isinstance(value, Tensor)}
+    kinds = {f"{shown(name)} ({type(value).__name__})" for name, value in others.items()}
+    return f"a dictionary with {_some(kinds)}"
 
 
 def _some(names: set[str]) -> str:

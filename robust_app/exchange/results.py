@@ -8,9 +8,10 @@ from typing import Any
 
 from robust_app import documents
 from robust_app.checkpoint import replacing
-from robust_app.errors import UserError
+from robust_app.errors import UserError, reason
+from robust_app.run_directory import RunDirectory
 
-KEYS = {"network", "dataset", "epsilon"}
+KEYS = {"network", "dataset", "epsilon", "pgd_steps", "verifiers"}
 """What all such results have: a file that is there already is only replaced if it has them."""
 
 
@@ -18,13 +19,22 @@ def check(output: Path) -> None:
     """See that results can be written there, and take the place of nothing but results.
 
     Raises:
-        UserError: there is no such folder, or the file is something else: the network, perhaps.
+        UserError: there is no such folder, it is a run's, whose files have their names, or the file
+            is something else: the network, perhaps.
     """
-    if output.is_dir():
+    try:
+        folder = output.resolve().parent
+        is_folder, found = output.is_dir(), output.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError of links in a circle
+        raise UserError(f"--output: {output}: cannot be written ({reason(error)})") from error
+    if is_folder:
         raise UserError(f"--output: expected a file to write, found the folder {output}")
-    if not output.resolve().parent.is_dir():
-        raise UserError(f"{output}: cannot be written (there is no folder {output.parent})")
-    if output.exists() and not _replaceable(output):
+    if not folder.is_dir():
+        raise UserError(f"--output: {output}: cannot be written (there is no folder {folder})")
+    run = RunDirectory(folder)
+    if run.config_file.exists() and run.environment_file.exists():
+        raise UserError(f"--output: expected a file outside of the run {folder}, found {output}")
+    if found and not _replaceable(output):
         raise UserError(
             "--output: expected a new file, an empty one or results of such an evaluation, "
             f"found {output}"
@@ -35,13 +45,15 @@ def write(output: Path, results: Mapping[str, Any]) -> None:
     """Write results where a link leads, and keep the mode of a file that is there.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written; see also :func:`check`.
     """
+    check(output)  # once more: the evaluation took its time
     file = output.resolve()
     with replacing(file) as partial:
-        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if file.exists():
+            partial.touch()
             shutil.copymode(file, partial)
+        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def _replaceable(file: Path) -> bool:

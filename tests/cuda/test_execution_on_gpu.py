@@ -33,7 +33,7 @@ CHANGING = changing_runs(batch_size=8)  # ten steps an epoch: each structure is 
 def gpu() -> Iterator[World]:
     with join("cuda") as world:
         yield world
-    if torch.cuda.get_sync_debug_mode():
+    if torch.cuda.get_sync_debug_mode():  # to set it warns, the first time in a process
         torch.cuda.set_sync_debug_mode("default")
 
 

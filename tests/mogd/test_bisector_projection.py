@@ -270,7 +270,9 @@ def test_no_preference_makes_a_weight_infinite(preference, scale):
     ],
 )
 def test_a_bad_preference_is_refused(preference):
-    with pytest.raises(ValueError, match=r"preference must be a finite number above 0 for each"):
+    with pytest.raises(
+        ValueError, match=r"preference must be a tuple or list, a finite number above 0 for each"
+    ):
         BisectorProjection(preference=preference)
 
 
@@ -303,7 +305,9 @@ def test_an_unknown_length_is_refused():
 
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, None, True, 10**400])
 def test_a_bad_regularisation_is_refused(value):
-    with pytest.raises(ValueError, match=rf"regularization must be finite .* got {value}"):
+    with pytest.raises(
+        ValueError, match=rf"regularization must be a number, finite .* got {value}"
+    ):
         BisectorProjection(regularization=value)
 
 

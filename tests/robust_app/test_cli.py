@@ -123,8 +123,10 @@ def test_with_an_output_the_run_is_left_as_it_is(robust_app, finished_run, tmp_p
         for result in (one, other):
             del result["shares"], result["environment"]["command"]  # seconds, and the output
         assert one == other
-    outcome = robust_app(*evaluation, "--output", finished_run / "results.json")
-    assert_refused(outcome, "--output: expected a new file")
+    (finished_run / "results.json").unlink()
+    for name in (".lock", "results.json", "mine.json"):
+        outcome = robust_app(*evaluation, "--output", finished_run / name)
+        assert_refused(outcome, "--output: expected a file outside of the run")
 
 
 def test_a_cascade_shows_who_decided_what(robust_app, finished_run):
@@ -238,6 +240,11 @@ def test_a_start_that_trains_nothing_is_not_noted(robust_app, tmp_path):
     assert "paused after epoch 1" in out
     assert "other bits" not in out
     assert RunDirectory(tmp_path / "run").environments() == made
+    # But where the data lie, which the next start looks up there.
+    robust_app(*again, "--stop-after", "1", "--data-root", "elsewhere")
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.data_root() == Path("elsewhere").resolve()
+    assert [start["execution"] for start in directory.environments()] == ["eager"] * 2
 
 
 STAGES = (

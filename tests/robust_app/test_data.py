@@ -347,7 +347,7 @@ def test_real_mnist_is_read():
 
 
 def test_an_unknown_name_suggests_the_nearest():
-    assert refused("own.npz") == "dataset 'own.npz': a file of your own is npz:own.npz"
+    assert refused("own.NPZ") == "dataset 'own.NPZ': a file of your own is 'npz:own.NPZ'"
     assert refused("cifar-10") == "unknown dataset 'cifar-10'; the nearest known is 'cifar10'"
 
 

@@ -72,6 +72,10 @@ def test_the_same_network_in_every_form_has_the_same_errors(here, digits_run, tm
         assert "near chance" not in out
         assert "20 test images, ε = 0.002" in out
         results.append(json.loads((tmp_path / "results.json").read_text()))
+    assert "w.pt" in results[1]["environment"]["command"]
+    assert results[0]["data"].startswith("sha256:")
+    for result in results:
+        del result["environment"]
     names = [result.pop("network") for result in results]
     assert names == ["model.onnx", "networks.py:make"]
     for result in results:
@@ -85,7 +89,7 @@ def test_the_same_network_in_every_form_has_the_same_errors(here, digits_run, tm
 @pytest.mark.parametrize("name", ["model.onnx", "w.pt", "networks.py", "list.json", "one.json"])
 def test_the_results_replace_nothing_but_results(here, tmp_path, name):
     (tmp_path / "list.json").write_text("[]")
-    (tmp_path / "one.json").write_text('{"network": "a", "dataset": "digits"}')
+    (tmp_path / "one.json").write_text('{"network": "a", "dataset": "digits", "epsilon": 0.1}')
     before = (tmp_path / name).read_bytes()
     (tmp_path / "link").symlink_to(name)
     for output in (name, "link"):
@@ -100,6 +104,20 @@ def test_no_results_are_written_to_a_pipe(here, tmp_path):
     os.mkfifo(tmp_path / "pipe")  # of devices, a test run by root could replace the real one
     outcome = here("evaluate", "model.onnx", *ON_DIGITS, "--output", "pipe")
     assert_refused(outcome, "--output: expected a new file", "found pipe")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights elsewhere")
+def test_where_no_results_can_be_written_is_told_before_the_work(here, tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "lost").symlink_to("nowhere/o.json")
+    for output, words in {
+        "circle": ("--output: circle", "cannot be written"),
+        "lost": ("--output: lost", f"no folder {tmp_path / 'nowhere'}"),
+        "a" * 300: ("--output: aaa", "too long"),
+    }.items():
+        outcome = here("evaluate", "model.onnx", *ON_DIGITS, "--output", output)
+        assert_refused(outcome, *words)
+        assert outcome[1] == ""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX")

@@ -103,10 +103,6 @@ def test_an_unknown_method_names_the_nearest():
             "first_batch_norm_frozen_from: expected inf without batch_norm, found 2",
         ),
         (
-            {"method": "weighted-sum", "moment_decay": (0.5, 0.99)},
-            "moment_decay: expected [0.9, 0.99] for weighted-sum, found [0.5, 0.99]",
-        ),
-        (
             {"method": "ibp", "adversarial_epochs": 0.0, "preference": (1, 2)},
             "preference: expected [1, 1] for ibp, found [1, 2]",
         ),

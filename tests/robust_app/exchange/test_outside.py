@@ -110,13 +110,24 @@ def test_what_is_not_finite_in_a_network_is_named(digits, number, name, message)
         check_classifies(network.eval(), digits)
 
 
+def test_a_state_that_is_no_tensor_is_passed_over(digits):
+    class Stateful(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+    network = nn.Sequential(nn.Flatten(), Stateful(64, 10))
+    nn.init.constant_(network[1].weight, math.nan)
+    with pytest.raises(UserError, match=r"found nan; not finite: 1\.weight$"):
+        check_classifies(network, digits)
+
+
 def small():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("key", [None, "state_dict", "model", "network"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "model", "network"])
 def test_weights_are_found_below_prefixes_and_keys(tmp_path, prefix, key):
     network, other = small(), small()
     nn.init.ones_(network[0].weight)
@@ -153,8 +164,19 @@ def save_changed(path, change):
             lambda s: [s.pop(name) for name in list(s) if name.startswith("1.")],
             r"missing: 1.bias, 1.num_batches_tracked, 1.running_mean and 2 more$",
         ),
-        (lambda s: s.update(name="mine"), "expected a state_dict, found a dictionary of 0.bias, "),
-        (lambda s: [s.clear(), s.update(net=3)], "found a dictionary of net$"),
+        (
+            lambda s: s.update(name="mine"),
+            r"expected a state_dict, or one as .* found a dictionary with 'name' \(str\)$",
+        ),
+        (lambda s: [s.clear(), s.update(net=3)], r"found a dictionary with 'net' \(int\)$"),
+        (
+            lambda s: s.update({"0.weight": s["0.weight"].to(torch.int8)}),
+            "no real floating-point numbers: 0.weight$",
+        ),
+        (
+            lambda s: s.update({"2.bias": s["2.bias"].to(torch.complex64)}),
+            "no real floating-point numbers: 2.bias$",
+        ),
         (lambda s: s.clear(), "does not fit the network; missing: "),
     ],
 )
