@@ -74,7 +74,7 @@ def test_what_is_no_run_or_has_no_epoch_is_refused_by_name(robust_app):
     Path("fresh/metrics.jsonl").write_text('{"epoch": 1}\n')
     assert_refused(robust_app("plot", "run", "fresh"), "metrics.jsonl", "damaged")
     assert_refused(robust_app("plot", "run", "--out", "no/pictures"), "no/pictures", "written")
-    assert_refused(robust_app("plot"), "run_dirs")
+    assert_refused(robust_app("plot"), "Missing argument 'RUN_DIR'")
     assert not Path("curves.png").exists()
 
 
@@ -97,7 +97,3 @@ def test_labels_are_ends_of_paths_and_all_different(ends):
 
 def test_a_run_named_twice_is_one_run():
     assert labels([Path("/a/run"), Path("/b/run"), Path("/a/run")]) == ["a/run", "b/run", "a/run"]
-
-
-def test_runs_are_asked_for_by_the_name_that_the_help_has(robust_app):
-    assert_refused(robust_app("plot"), "Missing argument 'RUN_DIR'")
