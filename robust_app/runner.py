@@ -90,9 +90,10 @@ def _note_start(
     """
     earlier = directory.environments()
     if is_done and earlier:
-        remembered = {name: made_with[name] for name in REMEMBERED}
-        if earlier[-1] | remembered != earlier[-1]:
-            directory.add_environment(earlier[-1] | remembered)
+        last = earlier[-1]
+        if any(last.get(name, made_with[name]) != made_with[name] for name in REMEMBERED):
+            told = {name: made_with[name] for name in ("command", *REMEMBERED)}
+            directory.add_environment(last | told)
         return
     directory.add_environment(made_with)
     changed = list(environment.differences(earlier[-1], made_with)) if earlier else []

@@ -115,7 +115,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(
-            f"{path}: expected a state_dict, or one as {', '.join(INSIDE)}, found {_kinds(content)}"
+            f"{path}: expected a state_dict, or a dictionary with one under "
+            f"{', '.join(INSIDE)}, found {_kinds(content)}"
         )
     state = {_stripped(str(name)): value for name, value in content.items()}
     expected = network.state_dict()

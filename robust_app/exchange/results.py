@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from robust_app import documents
@@ -23,14 +24,18 @@ def check(output: Path) -> None:
             is something else: the network, perhaps.
     """
     try:
-        folder = output.resolve().parent
-        is_folder, found = output.is_dir(), output.exists()
-    except (OSError, RuntimeError) as error:  # RuntimeError of links in a circle
+        found = _is_there(output)
+        file = output.resolve()
+        _is_there(file.with_name(f"{file.name}.partial"))  # nor may this name be too long
+        folder = file.parent
+        if output.is_dir():
+            raise UserError(f"--output: expected a file to write, found the folder {output}")
+        if not folder.is_dir():
+            raise UserError(f"--output: {output}: cannot be written (there is no folder {folder})")
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
         raise UserError(f"--output: {output}: cannot be written ({reason(error)})") from error
-    if is_folder:
-        raise UserError(f"--output: expected a file to write, found the folder {output}")
-    if not folder.is_dir():
-        raise UserError(f"--output: {output}: cannot be written (there is no folder {folder})")
     run = RunDirectory(folder)
     if run.config_file.exists() and run.environment_file.exists():
         raise UserError(f"--output: expected a file outside of the run {folder}, found {output}")
@@ -50,10 +55,21 @@ def write(output: Path, results: Mapping[str, Any]) -> None:
     check(output)  # once more: the evaluation took its time
     file = output.resolve()
     with replacing(file) as partial:
-        if file.exists():
-            partial.touch()
-            shutil.copymode(file, partial)
+        replaces = file.exists()
+        if replaces:
+            partial.touch(mode=0o600)  # for nobody else until it has the mode of the file
         partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if replaces:
+            shutil.copymode(file, partial)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something where a path leads; an OSError if that is nowhere."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _replaceable(file: Path) -> bool:

@@ -114,6 +114,8 @@ def test_where_no_results_can_be_written_is_told_before_the_work(here, tmp_path)
         "circle": ("--output: circle", "cannot be written"),
         "lost": ("--output: lost", f"no folder {tmp_path / 'nowhere'}"),
         "a" * 300: ("--output: aaa", "too long"),
+        "b" * 250: ("--output: bbb", "too long"),
+        "w.pt/o.json": ("--output: w.pt/o.json", "cannot be written"),
     }.items():
         outcome = here("evaluate", "model.onnx", *ON_DIGITS, "--output", output)
         assert_refused(outcome, *words)
@@ -123,12 +125,12 @@ def test_where_no_results_can_be_written_is_told_before_the_work(here, tmp_path)
 @pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX")
 def test_the_results_are_where_a_link_leads_and_the_file_keeps_its_mode(here, tmp_path):
     file, link = tmp_path / "private.json", tmp_path / "link.json"
-    file.touch(mode=0o600)
+    file.touch(mode=0o400)
     link.symlink_to(file)
     for _ in range(2):  # an empty file is replaced, and results are
         assert here("evaluate", "model.onnx", *ON_DIGITS, "--output", "link.json")[0] == 0
         assert link.is_symlink()
-        assert file.stat().st_mode & 0o777 == 0o600
+        assert file.stat().st_mode & 0o777 == 0o400
         assert json.loads(file.read_text())["dataset"] == "digits"
 
 

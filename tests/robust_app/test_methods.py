@@ -222,6 +222,13 @@ def test_a_run_that_is_cut_short_is_to_keep_its_milestones():
         check_changes(SHORT, dataclasses.replace(SHORT, epochs=9))
 
 
+def test_the_weighted_sum_has_moments_to_tell_of():
+    config = dataclasses.replace(DIGITS, method="weighted-sum")
+    changed = dataclasses.replace(config, moment_decay=(0.5, 0.9))  # cosines and conflicts differ
+    check(changed)
+    check_changes(config, changed)
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_has_a_configuration_that_fits(name):
     check(full_strength(name, **NEEDED.get(name, {})))

@@ -166,7 +166,7 @@ def save_changed(path, change):
         ),
         (
             lambda s: s.update(name="mine"),
-            r"expected a state_dict, or one as .* found a dictionary with 'name' \(str\)$",
+            r"expected a state_dict, or a dict.* found a dictionary with 'name' \(str\)$",
         ),
         (lambda s: [s.clear(), s.update(net=3)], r"found a dictionary with 'net' \(int\)$"),
         (
