@@ -88,7 +88,8 @@ class CompiledLosses(Losses):
             operations = make_fx(evaluate)(*tensors)
             self._compiled[key] = torch.compile(operations, fullgraph=True, dynamic=False)
             with torch.no_grad(), warnings.catch_warnings():
-                # Some torch versions then advise TF32: what products are in is a setting.
+                # In this call it is compiled, and some torch versions advise TF32: what products
+                # are in is a setting.
                 warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
                 self._compiled[key](*tensors)
         with torch.no_grad():

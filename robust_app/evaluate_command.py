@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from robust_app import data, distributed, reporting, runner, verifiers
+from robust_app import data, distributed, evaluating, reporting, verifiers
 from robust_app.errors import UserError
 from robust_app.examination import Examination
 from robust_app.exchange import outside
@@ -95,7 +95,7 @@ def evaluate(
             if target is not None
             else outside.from_function(str(model), weights, images_of)
         )
-        runner.evaluate_outside(
+        evaluating.evaluate_outside(
             str(target or model),
             network.to(world.device),
             images_of.to(world.device),
@@ -118,4 +118,4 @@ def _evaluate_run(
     dataset = data.load(config.dataset, data_root or directory.data_root(), download).to(device)
     check_data(directory, dataset)
     with directory.locked() if output is None else nullcontext():
-        runner.evaluate(directory, dataset, reporting.console(), how, config.seed, output)
+        evaluating.evaluate(directory, dataset, reporting.console(), how, config.seed, output)

@@ -14,6 +14,7 @@ from robust_app import (
     data,
     distributed,
     divergence,
+    evaluating,
     methods,
     overrides,
     recipes,
@@ -152,7 +153,7 @@ def _train_and_report(
         line = f"done before; its errors are in {directory.results_file}"
         console.print(line, markup=False, soft_wrap=True)
         return
-    runner.evaluate(directory, dataset, console, how, trainer.config.seed)
+    evaluating.evaluate(directory, dataset, console, how, trainer.config.seed)
 
 
 @contextmanager

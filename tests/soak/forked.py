@@ -21,6 +21,7 @@ from robust_app import (
     cli,
     curves,
     data,
+    evaluating,
     pictures,
     run_directory,
     runner,
@@ -43,7 +44,7 @@ PLACED = (
     (training, "held_out_errors", "held-out evaluation"),
     (checkpoint, "save", "writing"),
     (run_directory, "_write", "writing"),
-    (runner, "evaluate", "final evaluation"),
+    (evaluating, "evaluate", "final evaluation"),
     (runner, "_draw", "drawing"),
 )
 PATIENCE = 600  # seconds after which a child counts as hung
