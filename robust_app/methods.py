@@ -150,8 +150,10 @@ def check(config: Config) -> None:
     for name in _ignored(method):
         value = getattr(config, name)
         if value != neutral[name]:
-            expected = f"{_said(neutral[name])} for {config.method}"
-            raise UserError(f"{name}: expected {expected}, found {_said(value)}")
+            raise UserError(
+                f"{name}: expected {_said(neutral[name])} for {config.method}, found "
+                f"{_said(value)} (recipes of that method have what it needs: robust-app recipes)"
+            )
     if not config.batch_norm and config.first_batch_norm_frozen_from != math.inf:
         found = _said(config.first_batch_norm_frozen_from)
         raise UserError(

@@ -140,7 +140,13 @@ def test_an_unknown_method_names_the_nearest():
 def test_a_configuration_that_a_method_would_ignore_is_refused(changes, message):
     with pytest.raises(UserError) as error:
         check(dataclasses.replace(DIGITS, **changes))
-    assert str(error.value) == message
+    said, _, _ = str(error.value).partition(" (recipes of that method")
+    assert said == message
+
+
+def test_who_changes_only_the_method_is_shown_where_its_recipes_are():
+    with pytest.raises(UserError, match=r"found 3 \(recipes of that method .* robust-app recipes"):
+        check(dataclasses.replace(DIGITS, method="ibp"))
 
 
 @pytest.mark.parametrize(
