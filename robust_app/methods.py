@@ -150,10 +150,8 @@ def check(config: Config) -> None:
     for name in _ignored(method):
         value = getattr(config, name)
         if value != neutral[name]:
-            raise UserError(
-                f"{name}: expected {_said(neutral[name])} for {config.method}, found "
-                f"{_said(value)} (recipes of that method have what it needs: robust-app recipes)"
-            )
+            expected = f"{_said(neutral[name])} for {config.method}"
+            raise UserError(f"{name}: expected {expected}, found {_said(value)}")
     if not config.batch_norm and config.first_batch_norm_frozen_from != math.inf:
         found = _said(config.first_batch_norm_frozen_from)
         raise UserError(
@@ -177,9 +175,17 @@ def check_changes(config: Config, changed: Config) -> None:
 
     Raises:
         UserError: a setting differs that the changed configuration leaves unread, or that comes
-            after its end.
+            after its end; or another method was chosen, which the rest does not fit.
     """
     method = find(changed.method)
+    if changed.method != config.method:
+        try:
+            check(changed)
+        except UserError as error:
+            raise UserError(
+                f"{error} (the recipe is one for {config.method}; take one for {changed.method}, "
+                "named as `robust-app recipes` shows)"
+            ) from None
     stages = ("stage_epochs", "stage_learning_rate", "stage_milestones")
     unread = {
         "crown_share": (not method.crown, f"for {changed.method}"),
