@@ -178,14 +178,12 @@ def check_changes(config: Config, changed: Config) -> None:
             after its end; or another method was chosen, which the rest does not fit.
     """
     method = find(changed.method)
-    if changed.method != config.method:
-        try:
-            check(changed)
-        except UserError as error:
-            raise UserError(
-                f"{error} (the recipe is one for {config.method}; take one for {changed.method}, "
-                "named as `robust-app recipes` shows)"
-            ) from None
+    refusal = _refusal(dataclasses.replace(config, method=changed.method))
+    if changed.method != config.method and refusal is not None and refusal == _refusal(changed):
+        raise UserError(
+            f"{refusal} (the recipe is one for {config.method}; take one for {changed.method}, "
+            "named as `robust-app recipes` shows)"
+        )
     stages = ("stage_epochs", "stage_learning_rate", "stage_milestones")
     unread = {
         "crown_share": (not method.crown, f"for {changed.method}"),
@@ -205,6 +203,15 @@ def check_changes(config: Config, changed: Config) -> None:
                 f"{name}: expected less than the {end} epochs, found {_said(late[0])} "
                 "(train --epochs shortens the whole schedule)"
             )
+
+
+def _refusal(config: Config) -> str | None:
+    """Why the method does not fit the rest of a configuration; None if it does."""
+    try:
+        check(config)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _times(config: Config) -> dict[str, tuple[tuple[float, ...], int]]:

@@ -205,6 +205,13 @@ def test_who_changes_only_the_method_is_shown_where_its_recipes_are(method, refu
     )
 
 
+@pytest.mark.parametrize(
+    "own", [{"adversarial_epochs": 0.0}, {"adversarial_epochs": 0.0, "preference": (1, 2)}]
+)
+def test_what_is_refused_for_another_value_of_the_users_does_not_point_to_recipes(own):
+    check_changes(DIGITS, dataclasses.replace(DIGITS, method="ibp", **own))
+
+
 def test_a_change_to_no_method_is_refused_without_pointing_to_its_recipes():
     with pytest.raises(UserError, match=r"^unknown method 'idp'; the nearest known is 'ibp'$"):
         check_changes(DIGITS, dataclasses.replace(DIGITS, method="idp"))
