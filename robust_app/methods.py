@@ -178,12 +178,8 @@ def check_changes(config: Config, changed: Config) -> None:
             after its end; or another method was chosen, which the rest does not fit.
     """
     method = find(changed.method)
-    refusal = _refusal(dataclasses.replace(config, method=changed.method))
-    if changed.method != config.method and refusal is not None and refusal == _refusal(changed):
-        raise UserError(
-            f"{refusal} (the recipe is one for {config.method}; take one for {changed.method}, "
-            "named as `robust-app recipes` shows)"
-        )
+    if changed.method != config.method:
+        _check_method(config, changed)
     stages = ("stage_epochs", "stage_learning_rate", "stage_milestones")
     unread = {
         "crown_share": (not method.crown, f"for {changed.method}"),
@@ -205,13 +201,18 @@ def check_changes(config: Config, changed: Config) -> None:
             )
 
 
-def _refusal(config: Config) -> str | None:
-    """Why the method does not fit the rest of a configuration; None if it does."""
+def _check_method(config: Config, changed: Config) -> None:
+    """See that a method chosen in place of a recipe's fits what the user left of the recipe."""
     try:
-        check(config)
+        check(changed)
     except UserError as error:
-        return str(error)
-    return None
+        name = str(error).partition(":")[0]
+        if getattr(changed, name) != getattr(config, name):
+            raise
+        raise UserError(
+            f"{error} (the recipe is one for {config.method}; take one for {changed.method}, "
+            f"such as digits-{changed.method})"
+        ) from None
 
 
 def _times(config: Config) -> dict[str, tuple[tuple[float, ...], int]]:

@@ -188,28 +188,36 @@ def test_a_change_of_what_a_run_does_not_read_is_refused(method, read, changes, 
 
 
 @pytest.mark.parametrize(
-    ("method", "refused"),
+    ("method", "own", "refused"),
     [
-        ("ibp", "adversarial_epochs: expected 0 for ibp, found 3"),
-        ("latent-adversarial", "stages: expected at least 1 for latent-adversarial, found 0"),
-        ("diffai", "natural_weight: expected twice the same for diffai, found [1, 0.5]"),
+        ("ibp", {}, "adversarial_epochs: expected 0 for ibp, found 3"),
+        ("latent-adversarial", {}, "stages: expected at least 1 for latent-adversarial, found 0"),
+        (
+            "diffai",
+            {"adversarial_epochs": 0.0},
+            "natural_weight: expected twice the same for diffai, found [1, 0.5]",
+        ),
     ],
 )
-def test_who_changes_only_the_method_is_shown_where_its_recipes_are(method, refused):
-    config = dataclasses.replace(DIGITS, adversarial_epochs=3.0 if method == "ibp" else 0.0)
+def test_who_changes_the_method_is_pointed_to_its_recipes(method, own, refused):
     with pytest.raises(UserError) as error:
-        check_changes(config, dataclasses.replace(config, method=method))
-    assert str(error.value) == (
-        f"{refused} (the recipe is one for advibp; take one for {method}, "
-        "named as `robust-app recipes` shows)"
+        check_changes(DIGITS, dataclasses.replace(DIGITS, method=method, **own))
+    said = (
+        f"{refused} (the recipe is one for advibp; take one for {method}, such as digits-{method})"
     )
+    assert str(error.value) == said
+    assert recipes.load(f"digits-{method}").method == method
 
 
-@pytest.mark.parametrize(
-    "own", [{"adversarial_epochs": 0.0}, {"adversarial_epochs": 0.0, "preference": (1, 2)}]
-)
-def test_what_is_refused_for_another_value_of_the_users_does_not_point_to_recipes(own):
-    check_changes(DIGITS, dataclasses.replace(DIGITS, method="ibp", **own))
+def test_who_changes_the_method_and_what_it_ignores_is_not_pointed_to_recipes():
+    own = {"adversarial_epochs": 0.0, "preference": (1.0, 2.0)}
+    with pytest.raises(UserError) as error:
+        check_changes(DIGITS, dataclasses.replace(DIGITS, method="ibp", **own))
+    assert str(error.value) == "preference: expected [1, 1] for ibp, found [1, 2]"
+
+
+def test_a_method_that_fits_what_is_left_of_the_recipe_is_taken():
+    check_changes(DIGITS, dataclasses.replace(DIGITS, method="ibp", adversarial_epochs=0.0))
 
 
 def test_a_change_to_no_method_is_refused_without_pointing_to_its_recipes():
