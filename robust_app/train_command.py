@@ -15,7 +15,7 @@ from robust_app import (
     distributed,
     divergence,
     evaluating,
-    methods,
+    method_settings,
     overrides,
     recipes,
     reporting,
@@ -205,7 +205,7 @@ def _requested(
         settings = [f"seed={seed}", *settings]
     recipes_own, config = config, overrides.override(config, settings)
     if stored is None:
-        methods.check_changes(recipes_own, config)
+        method_settings.check_changes(recipes_own, config)
     kind, colon, path = config.dataset.partition(":")
     if not colon:
         return config

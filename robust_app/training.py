@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from mogd import Threshold, UnbiasedMultiGradient, parallel
-from robust_app import batch_norm, batches, data, methods, precision, training_state
+from robust_app import (
+    batch_norm,
+    batches,
+    data,
+    method_settings,
+    methods,
+    precision,
+    training_state,
+)
 from robust_app.compilation import CompiledLosses
 from robust_app.config import Config
 from robust_app.data import Dataset
@@ -55,7 +63,7 @@ class Trainer:
     def __init__(
         self, config: Config, dataset: Dataset, world: World, execution: type[Eager] = Eager
     ) -> None:
-        methods.check(config)
+        method_settings.check(config)
         precision.check(config.precision, world.device)
         execution.check(world)
         if config.batch_size % world.size:

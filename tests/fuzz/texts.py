@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from robust_app import curves, data, methods, pictures, recipes
+from robust_app import curves, data, method_settings, pictures, recipes
 from robust_app.config import Config
 from robust_app.events import Events
 from robust_app.examination import Examination
@@ -95,7 +95,7 @@ def go_on(config: Config) -> None:
         data.load(config.dataset, None)
     with_epochs(config, 7)
     Examination.of(config)
-    methods.check(config)
+    method_settings.check(config)
     assert Config.from_mapping(dataclasses.asdict(config)) == config
     override(config, ["seed=1"])
     trainer = Trainer(config, DIGITS, ALONE)

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from robust_app import methods, recipes
+from robust_app import method_settings, methods, recipes
 from robust_app.config import Config
 from robust_app.data import DATASETS, load
 from robust_app.errors import UserError
@@ -39,7 +39,7 @@ def test_the_recipes_are_three_families():
 
 def test_every_recipe_names_what_exists_and_passes_the_checks_of_its_method():
     for name, config in every():
-        methods.check(config)
+        method_settings.check(config)
         assert config.dataset in DATASETS, name
         assert config.model in MODELS, name
         assert config.method in methods.METHODS, name

@@ -1,0 +1,127 @@
+"""Which settings a method reads: what a configuration sets beside them would be set in vain."""
+
+import dataclasses
+import math
+
+from robust_app import methods
+from robust_app.config import Config
+from robust_app.errors import UserError
+from robust_app.methods import Method
+
+
+def check(config: Config) -> None:
+    """See that a run's method fits the rest of its configuration.
+
+    Raises:
+        UserError: if there is no such method, or a setting is another than the default where the
+            method, or a network without BatchNorm, ignores it.
+    """
+    method = methods.find(config.method)
+    neutral = {field.name: field.default for field in dataclasses.fields(Config)}
+    neutral["adversarial_epochs"] = 0.0
+    for name in _ignored(method):
+        value = getattr(config, name)
+        if value != neutral[name]:
+            expected = f"{_said(neutral[name])} for {config.method}"
+            raise UserError(f"{name}: expected {expected}, found {_said(value)}")
+    if not config.batch_norm and config.first_batch_norm_frozen_from != math.inf:
+        found = _said(config.first_batch_norm_frozen_from)
+        raise UserError(
+            f"first_batch_norm_frozen_from: expected inf without batch_norm, found {found}"
+        )
+    if config.authors_weights and config.preference != (1.0, 1.0):
+        found = _said(config.preference)
+        raise UserError(f"preference: expected [1, 1] for authors_weights, found {found}")
+    if config.method == "latent-adversarial" and config.stages == 0:
+        raise UserError("stages: expected at least 1 for latent-adversarial, found 0")
+    if config.method == "diffai" and len(set(config.natural_weight)) > 1:
+        found = _said(config.natural_weight)
+        raise UserError(f"natural_weight: expected twice the same for diffai, found {found}")
+
+
+def check_changes(config: Config, changed: Config) -> None:
+    """See that the run reads what a user changed in a configuration.
+
+    Recipes, and the configurations that runs keep, hold these settings whether they are read or
+    not. FOSC's are not among them: a schedule has them for AdvIBP and for what is compared with it.
+
+    Raises:
+        UserError: a setting differs that the changed configuration leaves unread, or that comes
+            after its end; or another method was chosen, which the rest does not fit.
+    """
+    method = methods.find(changed.method)
+    if changed.method != config.method:
+        _check_method(config, changed)
+    stages = ("stage_epochs", "stage_learning_rate", "stage_milestones")
+    unread = {
+        "crown_share": (not method.crown, f"for {changed.method}"),
+        "natural_weight": (method.losses != ("mixed",), f"for {changed.method}"),
+        "crop_padding": (not changed.augment, "without augment"),
+        **dict.fromkeys(stages, (changed.stages == 0, "without stages")),
+    }
+    for name, (so, where) in unread.items():
+        was, now = getattr(config, name), getattr(changed, name)
+        if so and now != was:
+            raise UserError(f"{name}: expected {_said(was)} {where}, found {_said(now)}")
+    earlier = _times(config)
+    for name, (epochs, end) in _times(changed).items():
+        late = [epoch for epoch in epochs if end <= epoch < math.inf]
+        if late and earlier[name] != (epochs, end):
+            raise UserError(
+                f"{name}: expected less than the {end} epochs, found {_said(late[0])} "
+                "(train --epochs shortens the whole schedule)"
+            )
+
+
+def _check_method(config: Config, changed: Config) -> None:
+    """See that a method chosen in place of a recipe's fits what the user left of the recipe."""
+    try:
+        check(changed)
+    except UserError as error:
+        name = str(error).partition(":")[0]
+        if getattr(changed, name) != getattr(config, name):
+            raise
+        raise UserError(
+            f"{error} (the recipe is one for {config.method}; take one for {changed.method}, "
+            f"such as digits-{changed.method})"
+        ) from None
+
+
+def _times(config: Config) -> dict[str, tuple[tuple[float, ...], int]]:
+    """The epochs at which something is to happen, and the number of them, by setting."""
+    return {
+        "milestones": (config.milestones, config.epochs),
+        "first_batch_norm_frozen_from": ((config.first_batch_norm_frozen_from,), config.epochs),
+        "stage_milestones": (config.stage_milestones, config.stage_epochs),
+    }
+
+
+def _ignored(method: Method) -> list[str]:
+    """The settings of some methods that this one ignores, and a user would not set in vain."""
+    adversarial = "adversarial" in method.losses
+    ignored = {
+        "adversarial_epochs": not adversarial,
+        "box_regularizers": method.losses in (("natural",), ("adversarial",)),
+        "certified_epochs": method.losses != methods.JOINT,
+        "authors_weights": method.rule is not methods.paper_rule,
+        "regularization": method.rule is not methods.paper_rule,
+        "preference": method.rule is None,
+        "moment_decay": method.rule is None,
+        "attack_step": not adversarial or method.attack is not methods.fgsm_random,
+        "attack_steps": method.attack is not methods.pgd,
+        "one_start_per_batch": not adversarial or method.attack is methods.fgsm,
+    }
+    return [name for name, so in ignored.items() if so]
+
+
+def _said(value: object) -> str:
+    """As a user writes it.
+
+    >>> _said(True), _said((1.0, 0.5)), _said(3.0)
+    ('true', '[1, 0.5]', '3')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_said, value))}]"
+    return f"{value:g}"
