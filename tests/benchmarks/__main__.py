@@ -38,6 +38,7 @@ SECTIONS: Mapping[str, Callable[[Effort], Iterator[Row]]] = {
 }
 ON_GPU: Mapping[str, Callable[[Effort], Iterator[Row]]] = {
     "execution": execution.beside_eager_float32,
+    "compile": execution.beside_eager_tf32,
     **{name: SECTIONS[name] for name in ("joint step", "TorchJD", "bounds")},
 }
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         console.print(f"{name} …", highlight=False)
         report.begin(name, order=sections)
         # What takes no device is made on this one.
-        with nullcontext() if name == "execution" else torch.device(given.device):
+        with nullcontext() if name in ("execution", "compile") else torch.device(given.device):
             for row in sections[name](effort):
                 report.add(facts, row)
                 report.save(given.output)

@@ -1,4 +1,4 @@
-"""Steps of training as they are and captured in CUDA graphs, with float32 and fewer digits."""
+"""Steps of training as they are, captured in CUDA graphs and compiled, in each precision."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -49,6 +49,22 @@ def beside_eager_float32(effort: Effort) -> Iterator[Row]:
             value = ratios(seconds["mogd"], seconds["weighted sum"])
             figure = f"mogd ÷ weighted sum, {kind}"
             yield Row("execution", case, figure, value, seconds=medians(seconds))
+
+
+def beside_eager_tf32(effort: Effort) -> Iterator[Row]:
+    """The joint step of AdvIBP in every execution: compilers take their time before it."""
+    device = torch.device("cuda")
+    for model in (effort.small, effort.large):
+        sides = {
+            kind: step_of(model, "advibp", kind, "tf32", effort.batch, device)
+            for kind in EXECUTIONS
+        }
+        seconds = in_turns(sides, effort.few, LEAST)
+        for name in list(sides)[1:]:
+            value = ratios(seconds["eager"], seconds[name])
+            case = f"{model}, batch {effort.batch}, TF32"
+            times = medians(seconds, "eager", name)
+            yield Row("compile", case, f"eager ÷ {name}", value, seconds=times)
 
 
 def step_of(
