@@ -16,6 +16,7 @@ from robust_app.distributed import ProcessLost
 from robust_app.errors import UserError, reason
 from robust_app.evaluate_command import evaluate
 from robust_app.exchange.command import export
+from robust_app.fork_command import fork
 from robust_app.freed_memory import keep_freed_memory
 from robust_app.interruption import stoppable
 from robust_app.plot import plot
@@ -53,6 +54,7 @@ def _general(
 
 
 app.command()(train)
+app.command()(fork)
 app.command()(evaluate)
 app.command()(export)
 

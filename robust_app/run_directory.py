@@ -86,6 +86,10 @@ class RunDirectory:
             UserError: if the folder holds anything already.
         """
         self.check_free()
+        self.write_config(config)
+
+    def write_config(self, config: Config) -> None:
+        """Make the folder a run's; without its configuration it is none."""
         _write(self.config_file, config.to_toml())
 
     def config(self) -> Config:

@@ -1,0 +1,229 @@
+"""Runs that go on from where another is."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from robust_app import checkpoint
+from robust_app.run_directory import RunDirectory
+from tests.robust_app.refusals import assert_refused
+from tests.robust_app.runs import SHI, full_strength, short_config
+
+STAGES = {"stages": 1, "stage_epochs": 2, "stage_learning_rate": 1e-3}
+
+
+@pytest.fixture
+def train(robust_app):
+    """Train a run of this name, made with a configuration or to be resumed."""
+
+    def call(name, config=None, *options):
+        made = ["--resume"]
+        if config is not None:
+            Path("recipe.toml").write_text(config.to_toml())
+            made = ["--recipe", "recipe.toml"]
+        status, _, err = robust_app("train", *made, "--run-dir", name, *options)
+        assert status == 0, err
+        return RunDirectory(Path(name))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """Two of the three epochs of a run that nobody changes."""
+    folder = tmp_path_factory.mktemp("template")
+    (folder / "recipe.toml").write_text(short_config().to_toml())
+    options = ["--recipe", "recipe.toml", "--run-dir", "parent", "--stop-after", "2"]
+    command = [sys.executable, "-m", "robust_app", "train", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return folder / "parent"
+
+
+@pytest.fixture
+def parent(template, tmp_path):
+    """The folder ``parent`` with that run."""
+    return RunDirectory(Path(shutil.copytree(template, tmp_path / "parent")))
+
+
+def certified_first(**changes):
+    """Both losses after two epochs of the certified one, as where a front is looked for."""
+    config = {"certified_epochs": 2.0, "epochs": 4, "batch_size": 200, "held_out": 141, **SHI}
+    return full_strength(**{"method": "advibp"} | config | changes)
+
+
+def contents(folder):
+    """What each file of a folder holds."""
+    files = (file for file in Path(folder).iterdir() if file.name != ".lock")
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def network_of(run, file="last_file"):
+    saved = checkpoint.load(getattr(run, file))
+    return saved["epoch"], torch.nn.utils.parameters_to_vector(saved["network"].values())
+
+
+def assert_same(run, other):
+    """To the bits, and epoch by epoch but for the time it took."""
+    assert torch.equal(network_of(run)[1], network_of(other)[1])
+    ours, theirs = ([m | {"seconds": 0} for m in each.metrics()] for each in (run, other))
+    assert ours == theirs
+
+
+def test_a_fork_ends_as_the_run_that_had_its_settings_all_along(robust_app, train):
+    train("parent", certified_first(), "--stop-after", "2")
+    before = contents("parent")
+    changes = ("--set", "method=weighted-sum", "--set", "preference=[4, 1]")
+    status, out, err = robust_app("fork", "parent", "--run-dir", "fork", *changes)
+    assert status == 0, err
+    assert contents("parent") == before
+    assert out.splitlines() == [
+        "run directory: fork",
+        "forked after epoch 2 of parent (method: 'weighted-sum', not 'advibp'; "
+        "preference: (4.0, 1.0), not (1.0, 1.0))",
+        "continue with: robust-app train --run-dir fork --resume",
+    ]
+    forked = train("fork")
+    config = certified_first(method="weighted-sum", preference=(4.0, 1.0))
+    assert forked.config() == config
+    assert_same(forked, train("whole", config))
+    assert not torch.equal(network_of(forked)[1], network_of(train("parent"))[1])
+
+
+def test_without_changes_it_goes_on_as_its_parent_does(robust_app, train, parent):
+    status, out, _ = robust_app("fork", "parent")
+    assert (status, "(nothing changed)" in out) == (0, True)
+    assert_same(train("runs/parent-fork-1"), train("parent"))
+
+
+def test_it_says_where_it_comes_from(robust_app, train, parent):
+    robust_app("fork", "parent", "--run-dir", "fork", "--set", "learning_rate=1e-4")
+    fork = RunDirectory(Path("fork"))
+    first, noted = fork.environments()
+    assert first == parent.environments()[0]
+    origin = {"run": str(Path("parent").resolve()), "epochs": 2}
+    assert noted["forked_from"] == origin | {"config": parent.config().to_toml()}
+    assert noted["command"][1] == "fork"
+    assert robust_app("verify-run", "fork")[0] == 0
+    train("fork")
+    assert robust_app("verify-run", "fork")[0] == 0
+
+
+def test_a_run_that_is_done_trains_for_longer(robust_app, train):
+    train("parent", short_config(), "--set", "pgd_steps=1")
+    for options, found in (((), 3), (("--set", "epochs=2", "--set", "milestones=[1]"), 2)):
+        outcome = robust_app("fork", "parent", "--run-dir", "fork", *options)
+        assert_refused(outcome, f"epochs: expected more than the 3 that are done, found {found}")
+    assert not Path("fork/config.toml").exists()
+    assert robust_app("fork", "parent", "--run-dir", "more", "--set", "epochs=5")[0] == 0
+    more = train("more")
+    assert [epoch["epoch"] for epoch in more.metrics()] == [1, 2, 3, 4, 5]
+    assert more.results()[-1]["network"].endswith("last (epoch 5)")
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_the_best_network_is_taken_over_if_it_is_of_the_epochs_taken_over(robust_app, parent, best):
+    metrics = parent.metrics()
+    metrics[best - 1] |= {"verified_error": 0.0, "standard_error": 0.0}
+    parent.write_metrics(metrics)
+    saved = checkpoint.load(parent.last_file)
+    checkpoint.save(saved | {"epoch": best}, parent.best_file)
+    parent.write_metrics([*metrics, metrics[-1] | {"epoch": 3}])  # of a run that goes on meanwhile
+    robust_app("fork", "parent", "--run-dir", "fork", "--set", "learning_rate=1e-4")
+    fork = RunDirectory(Path("fork"))
+    assert fork.metrics() == metrics
+    assert network_of(fork, "best_file")[0] == best
+    assert network_of(fork)[0] == 2
+    checkpoint.save(saved | {"epoch": 3}, parent.best_file)  # better, and not of these epochs
+    robust_app("fork", "parent", "--run-dir", "later", "--set", "learning_rate=1e-4")
+    assert not Path("later/best.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("dataset=mnist", ["dataset: a fork keeps its parent's, 'digits'", "found 'mnist'"]),
+        ("model=dm-small", ["model: a fork keeps its parent's", "the checkpoint is of it"]),
+        ("batch_norm=true", ["batch_norm: a fork keeps its parent's, False"]),
+        ("ibp_initialization=true", ["ibp_initialization: a fork", "is trained already"]),
+        ("seed=1", ["seed: a fork keeps its parent's, 0: it chooses the images", "found 1"]),
+        ("held_out=100", ["held_out: a fork keeps its parent's, 141"]),
+        ("evaluation_epsilon=0.2", ["evaluation_epsilon: a fork keeps", "at that radius"]),
+        ("crown_share=[0.5, 0.5]", ["crown_share: expected [1, 0] for advibp"]),
+        ("method=ibp", ["adversarial_epochs: expected 0 for ibp"]),
+        ("colour=red", ["unknown key 'colour'"]),
+    ],
+)
+def test_what_a_fork_cannot_change_is_refused(robust_app, parent, setting, words):
+    assert_refused(robust_app("fork", "parent", "--run-dir", "fork", "--set", setting), *words)
+    assert not Path("fork/config.toml").exists()
+
+
+def test_a_parent_in_its_stages_keeps_them(robust_app, train):
+    train("parent", short_config(**STAGES), "--stop-after", "4")
+    for setting in ("epochs=4", "stages=0", "stage_epochs=3"):
+        outcome = robust_app("fork", "parent", "--run-dir", "no", "--set", setting)
+        assert_refused(outcome, "a layer-wise stage has begun")
+    options = ("--run-dir", "fork", "--set", "stage_learning_rate=1e-4")
+    assert robust_app("fork", "parent", *options)[0] == 0
+    assert [epoch["stage"] for epoch in train("fork").metrics()] == [0, 0, 0, 1, 1]
+
+
+def test_nothing_is_overwritten(robust_app, parent):
+    before = contents("parent")
+    assert_refused(robust_app("fork", "parent", "--run-dir", "parent"), "parent: not empty")
+    assert contents("parent") == before
+
+
+def test_a_parent_without_what_it_takes_is_refused(robust_app, parent):
+    assert_refused(robust_app("fork", "nothing"), "nothing: no run here")
+    whole = parent.metrics()
+    parent.write_metrics(whole[:1])
+    assert_refused(robust_app("fork", "parent"), "metrics.jsonl: expected 2 epochs, found 1")
+    parent.write_metrics(whole)
+    saved = checkpoint.load(parent.checkpoint_file)
+    for damage in ({"epochs_done": "two"}, {"epochs_done": 9}):
+        checkpoint.save(saved | damage, parent.checkpoint_file)
+        assert_refused(
+            robust_app("fork", "parent"), "checkpoint.pt: damaged (epochs_done: expected"
+        )
+    other = short_config(learning_rate=0.5).to_toml()
+    checkpoint.save(saved | {"config": other}, parent.checkpoint_file)
+    assert_refused(robust_app("fork", "parent"), "checkpoint.pt: made with another configuration")
+    checkpoint.save(saved, parent.checkpoint_file)
+    parent.environment_file.unlink()
+    assert_refused(robust_app("fork", "parent"), "environment.json: missing")
+    parent.checkpoint_file.unlink()
+    assert_refused(robust_app("fork", "parent"), "checkpoint.pt: cannot be read")
+
+
+def test_a_fork_that_is_broken_off_is_no_run(robust_app, parent, monkeypatch):
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDirectory, "write_config", stop)
+    assert robust_app("fork", "parent", "--run-dir", "fork")[0] == 130
+    assert_refused(robust_app("train", "--run-dir", "fork", "--resume"), "fork: no run here")
+
+
+def test_divergences_and_the_learning_rate_that_they_left_are_taken_over(robust_app, train, parent):
+    parent.add_divergence("epoch 1, batch 2", 0.5)
+    saved = checkpoint.load(parent.checkpoint_file)
+    checkpoint.save(saved | {"learning_rate_scale": 0.5}, parent.checkpoint_file)
+    robust_app("fork", "parent", "--run-dir", "fork")
+    fork = train("fork")
+    assert fork.divergences() == parent.divergences()
+    assert fork.metrics()[-1]["learning_rate_scale"] == 0.5
+
+
+def test_a_moved_parent_is_named_by_where_it_was(robust_app, train, parent):
+    robust_app("fork", "parent", "--run-dir", "fork")
+    shutil.move("parent", "elsewhere")
+    assert len(train("fork", None, "--stop-after", "3").metrics()) == 3
