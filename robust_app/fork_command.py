@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from robust_app import forking, overrides, reporting
+from robust_app import forking, overrides, reporting, session
 from robust_app.run_directory import RunDirectory, next_free
 
 
@@ -24,17 +24,19 @@ def fork(
 
     The other run is only read. What begins is trained by `train --resume`.
     """
-    run = RunDirectory(parent)
     child = RunDirectory(run_dir or next_free(Path("runs"), f"{parent.resolve().name}-fork"))
-    stored = run.config()
     child.check_free()
+    planned = forking.plan(RunDirectory(parent), settings or [])
     with child.locked():
-        config, done = forking.fork(run, child, settings or [])
-    changed = overrides.differences(config, stored) or "nothing changed"
+        forking.write(planned, child)
+    changed = overrides.differences(planned.config, planned.parent) or "nothing changed"
     lines = [
         f"run directory: {child.path}",
-        f"forked after epoch {done} of {parent} ({changed})",
+        f"forked after epoch {planned.done} of {parent} ({changed})",
+        session.lost_best(child),
+        planned.learning_rate_scale < 1
+        and f"the learning rate stays at {planned.learning_rate_scale:g} of its schedule's",
         f"continue with: robust-app train --run-dir {shlex.quote(str(child.path))} --resume",
     ]
-    for line in lines:
+    for line in filter(None, lines):
         reporting.console().print(line, highlight=False, markup=False, soft_wrap=True)

@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from robust_app import checkpoint, method_settings, overrides, session, training_state
+from robust_app import checkpoint, method_settings, methods, overrides, session, training_state
 from robust_app.config import Config
 from robust_app.errors import UserError, one_line
 from robust_app.run_directory import RunDirectory
@@ -14,73 +16,135 @@ FIXED = {
     "ibp_initialization": "the network is trained already",
     **dict.fromkeys(("seed", "held_out"), "it chooses the images that are held out"),
     "evaluation_epsilon": "the held-out errors so far are at that radius",
+    **dict.fromkeys(
+        ("reference_fan_in", "authors_weights", "moment_decay"), "the optimizer has it"
+    ),
 }
 """Settings that a fork has of its parent, and why."""
 BEGUN = dict.fromkeys(("epochs", "stages", "stage_epochs"), "a layer-wise stage has begun")
 """The same, of a parent that has."""
 
 
-def fork(parent: RunDirectory, child: RunDirectory, settings: Sequence[str]) -> tuple[Config, int]:
-    """Begin a run with the epochs that another has done and other settings.
+@dataclass(frozen=True)
+class Fork:
+    """A run that has yet to be written.
 
-    The child has the parent's metrics, and its best network as long as no epoch of its own is
-    better. The parent, which may be training, is only read.
+    Attributes:
+        config: its own.
+        parent: the configuration of the run that it comes from.
+        done: number of epochs that it takes over.
+        learning_rate_scale: what the schedule's learning rate has come down to by divergences.
+        files: contents of the checkpoint and the networks, by name.
+        metrics, environments, divergences: as in the files of these names.
+        origin: where it comes from.
+    """
+
+    config: Config
+    parent: Config
+    done: int
+    learning_rate_scale: float
+    files: dict[str, dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    environments: list[dict[str, Any]]
+    divergences: list[dict[str, Any]]
+    origin: dict[str, Any]
+
+
+def plan(parent: RunDirectory, settings: Sequence[str]) -> Fork:
+    """Read what a fork takes over, and see that it can go on from there with its settings.
 
     Args:
-        parent: of any run that has a checkpoint.
-        child: free, and locked by this process.
+        parent: of any run that has a checkpoint. It may be training: it is only read.
         settings: what to change, see :func:`robust_app.overrides.override`.
 
-    Returns:
-        The child's configuration and the number of epochs that are done.
-
     Raises:
-        UserError: a setting is refused, a file of the parent is missing or damaged, or the child
-            cannot be written or is not free.
+        UserError: a setting is refused, or a file is missing or damaged.
     """
-    child.check_free()
     stored = parent.config()
-    config = overrides.override(stored, settings)
+    # The networks before the checkpoint, and this before the metrics: none is behind the next.
+    paths = [parent.best_file, parent.last_file]
+    paths += [parent.stage_file(stage) for stage in range(stored.stages + 1)]
+    networks = {path.name: _made_with(stored, path) for path in paths if path.exists()}
     state = _made_with(stored, parent.checkpoint_file)
     try:
         done = training_state.epochs_done(state, stored.total_epochs)
+        scale = training_state.learning_rate_scale(state)
     except (LookupError, ValueError) as error:
         raise UserError(f"{parent.checkpoint_file}: damaged ({one_line(error)})") from error
+    metrics = parent.metrics()[:done]
+    if len(metrics) < done:
+        raise UserError(f"{parent.metrics_file}: expected {done} epochs, found {len(metrics)}")
+    config = overrides.override(stored, settings)
+    _check(stored, config, done)
+    epochs = {parent.best_file.name: session.best_epoch(metrics), parent.last_file.name: done}
+    for stage in range(stored.stages + 1):
+        epochs[parent.stage_file(stage).name] = config.epochs + stage * config.stage_epochs
+    label = session.content(config)
+    files = {parent.checkpoint_file.name: state | label}
+    for name, saved in networks.items():
+        if saved.get("epoch") == epochs[name] and saved["epoch"] <= done:
+            files[name] = saved | label
+    return Fork(
+        config=config,
+        parent=stored,
+        done=done,
+        learning_rate_scale=scale,
+        files=files,
+        metrics=metrics,
+        environments=parent.environments(),
+        divergences=parent.divergences(),
+        origin={
+            "run": str(parent.path.resolve()),
+            "epochs": done,
+            "config": stored.to_toml(),
+            "command": sys.argv,
+        },
+    )
+
+
+def write(fork: Fork, child: RunDirectory) -> None:
+    """Begin a planned run.
+
+    Args:
+        fork: from :func:`plan`.
+        child: locked by this process.
+
+    Raises:
+        UserError: if the folder holds anything or cannot be written.
+    """
+    child.check_free()
+    for name, content in fork.files.items():
+        checkpoint.save(content, child.path / name)
+    child.write_metrics(fork.metrics)
+    for made_with in fork.environments:
+        child.add_environment(made_with)
+    for divergence in fork.divergences:
+        child.add_divergence(divergence["where"], divergence["learning_rate_scale"])
+    child.write_origin(fork.origin)
+    child.write_config(fork.config)  # last: one that is broken off before is no run
+
+
+def _check(stored: Config, config: Config, done: int) -> None:
+    """See that a run can go on with another configuration after so many epochs."""
     for name, why in (FIXED | (BEGUN if done > stored.epochs else {})).items():
         was, now = getattr(stored, name), getattr(config, name)
         if was != now:
             raise UserError(f"{name}: a fork keeps its parent's, {was!r}: {why}; found {now!r}")
-    if done >= config.total_epochs:
-        raise UserError(
-            f"epochs: expected more than the {done} that are done, found {config.total_epochs}"
-        )
-    method_settings.check_changes(stored, config)
     method_settings.check(config)
-    metrics, environments = parent.metrics()[:done], parent.environments()
-    if len(metrics) < done:
-        raise UserError(f"{parent.metrics_file}: expected {done} epochs, found {len(metrics)}")
-    if not environments:
-        raise UserError(f"{parent.environment_file}: missing")
-    label = session.content(config)
-    checkpoint.save(state | label, child.checkpoint_file)
-    for file, epoch in (
-        (parent.best_file, session.best_epoch(metrics)),
-        (parent.last_file, done),
-    ):
-        if file.exists() and (network := _made_with(stored, file)).get("epoch") == epoch:
-            checkpoint.save(network | label, child.path / file.name)
-    child.write_metrics(metrics)
-    for divergence in parent.divergences():
-        child.add_divergence(divergence["where"], divergence["learning_rate_scale"])
-    origin = {"run": str(parent.path.resolve()), "epochs": done, "config": stored.to_toml()}
-    forked = environments[-1] | {"command": sys.argv, "forked_from": origin}
-    for made_with in (*environments, forked):
-        child.add_environment(made_with)
-    child.write_config(config)  # last: one that is broken off before is no run
-    return config, done
+    method_settings.check_changes(stored, config)
+    was, now = (", ".join(methods.verifiers_of(each)) for each in (stored, config))
+    if was != now:
+        names = "crown_share" if stored.method == config.method else "method"
+        raise UserError(
+            f"{names}: a fork keeps what verifies the held-out images, {was}: their errors so far "
+            f"are by it; found {now}"
+        )
+    if config.epochs < done <= stored.epochs or config.total_epochs <= done:
+        found = config.epochs if done <= stored.epochs else config.total_epochs
+        raise UserError(f"epochs: expected more than the {done} that are done, found {found}")
 
 
-def _made_with(config: Config, file: Path) -> dict[str, object]:
+def _made_with(config: Config, file: Path) -> dict[str, Any]:
     content = checkpoint.load(file)
     session.check_config(content, config, file)
     return content

@@ -28,6 +28,7 @@ class RunDirectory:
         self.path = path
         self.config_file = path / "config.toml"
         self.environment_file = path / "environment.json"
+        self.origin_file = path / "origin.json"
         self.metrics_file = path / "metrics.jsonl"
         self.divergences_file = path / "divergences.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
@@ -69,8 +70,11 @@ class RunDirectory:
         Raises:
             UserError: if the folder holds anything.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: not a folder")
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path}: not a folder")
+        except OSError as error:  # a name that is too long
+            raise UserError(f"{self.path}: cannot be written ({reason(error)})") from error
         unbegun = {".lock", f"{self.config_file.name}.partial"}  # of a run killed before it began
         if self.path.exists() and any(entry.name not in unbegun for entry in self.path.iterdir()):
             run = "add --resume to continue the run in it, or choose another"
@@ -91,6 +95,10 @@ class RunDirectory:
     def write_config(self, config: Config) -> None:
         """Make the folder a run's; without its configuration it is none."""
         _write(self.config_file, config.to_toml())
+
+    def write_origin(self, origin: dict[str, Any]) -> None:
+        """Note what run a fork comes from."""
+        _write(self.origin_file, _json(origin, indent=2))
 
     def config(self) -> Config:
         """The configuration of the run.

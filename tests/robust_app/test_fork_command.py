@@ -1,20 +1,24 @@
 """Runs that go on from where another is."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 from robust_app import checkpoint
+from robust_app.config import Config
 from robust_app.run_directory import RunDirectory
 from tests.robust_app.refusals import assert_refused
 from tests.robust_app.runs import SHI, full_strength, short_config
 
+CROWN = {"method": "crown-ibp", "adversarial_epochs": 0.0}
 STAGES = {"stages": 1, "stage_epochs": 2, "stage_learning_rate": 1e-3}
 
 
@@ -105,11 +109,11 @@ def test_without_changes_it_goes_on_as_its_parent_does(robust_app, train, parent
 def test_it_says_where_it_comes_from(robust_app, train, parent):
     robust_app("fork", "parent", "--run-dir", "fork", "--set", "learning_rate=1e-4")
     fork = RunDirectory(Path("fork"))
-    first, noted = fork.environments()
-    assert first == parent.environments()[0]
-    origin = {"run": str(Path("parent").resolve()), "epochs": 2}
-    assert noted["forked_from"] == origin | {"config": parent.config().to_toml()}
-    assert noted["command"][1] == "fork"
+    assert fork.environments() == parent.environments()
+    origin = json.loads(fork.origin_file.read_text())
+    assert origin["command"][1:3] == ["fork", "parent"]
+    assert (origin["run"], origin["epochs"]) == (str(Path("parent").resolve()), 2)
+    assert Config.from_mapping(tomllib.loads(origin["config"])) == parent.config()
     assert robust_app("verify-run", "fork")[0] == 0
     train("fork")
     assert robust_app("verify-run", "fork")[0] == 0
@@ -117,7 +121,9 @@ def test_it_says_where_it_comes_from(robust_app, train, parent):
 
 def test_a_run_that_is_done_trains_for_longer(robust_app, train):
     train("parent", short_config(), "--set", "pgd_steps=1")
-    for options, found in (((), 3), (("--set", "epochs=2", "--set", "milestones=[1]"), 2)):
+    fewer = ("--set", "epochs=2", "--set", "milestones=[1]")
+    stages = ("--set", "stages=3", "--set", "stage_epochs=2", "--set", "stage_milestones=[]")
+    for options, found in (((), 3), (fewer, 2), ((*fewer, *stages), 2)):
         outcome = robust_app("fork", "parent", "--run-dir", "fork", *options)
         assert_refused(outcome, f"epochs: expected more than the 3 that are done, found {found}")
     assert not Path("fork/config.toml").exists()
@@ -155,8 +161,12 @@ def test_the_best_network_is_taken_over_if_it_is_of_the_epochs_taken_over(robust
         ("seed=1", ["seed: a fork keeps its parent's, 0: it chooses the images", "found 1"]),
         ("held_out=100", ["held_out: a fork keeps its parent's, 141"]),
         ("evaluation_epsilon=0.2", ["evaluation_epsilon: a fork keeps", "at that radius"]),
+        ("moment_decay=[0.1, 0.1]", ["moment_decay: a fork keeps", "the optimizer has it"]),
+        ("reference_fan_in=100", ["reference_fan_in: a fork keeps"]),
+        ("authors_weights=true", ["authors_weights: a fork keeps"]),
+        ("attack_steps=3", ["attack_steps: expected 10 for advibp, found 3"]),
         ("crown_share=[0.5, 0.5]", ["crown_share: expected [1, 0] for advibp"]),
-        ("method=ibp", ["adversarial_epochs: expected 0 for ibp"]),
+        ("method=ibp", ["adversarial_epochs: expected 0 for ibp, found 0.5\n"]),
         ("colour=red", ["unknown key 'colour'"]),
     ],
 )
@@ -197,33 +207,75 @@ def test_a_parent_without_what_it_takes_is_refused(robust_app, parent):
     checkpoint.save(saved | {"config": other}, parent.checkpoint_file)
     assert_refused(robust_app("fork", "parent"), "checkpoint.pt: made with another configuration")
     checkpoint.save(saved, parent.checkpoint_file)
-    parent.environment_file.unlink()
-    assert_refused(robust_app("fork", "parent"), "environment.json: missing")
     parent.checkpoint_file.unlink()
     assert_refused(robust_app("fork", "parent"), "checkpoint.pt: cannot be read")
 
 
 def test_a_fork_that_is_broken_off_is_no_run(robust_app, parent, monkeypatch):
-
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunDirectory, "write_config", stop)
+    monkeypatch.setattr(RunDirectory, "write_origin", stop)  # before the last file
     assert robust_app("fork", "parent", "--run-dir", "fork")[0] == 130
     assert_refused(robust_app("train", "--run-dir", "fork", "--resume"), "fork: no run here")
+
+
+def test_a_refused_fork_leaves_nothing(robust_app, parent):
+    assert robust_app("fork", "parent", "--set", "seed=1")[0] == 2
+    whole = parent.best_file.read_bytes()
+    parent.best_file.write_bytes(whole[:-9])
+    assert_refused(robust_app("fork", "parent"), "parent/best.pt: not a checkpoint")
+    assert not Path("runs").exists()
+    parent.best_file.write_bytes(whole)
+    assert robust_app("fork", "parent")[0] == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["parent-fork-1"]
+
+
+def test_a_folder_that_cannot_be_used_is_refused(robust_app, parent):
+    fork = RunDirectory(Path("fork"))
+    with fork.locked():
+        assert_refused(robust_app("fork", "parent", "--run-dir", "fork"), "fork: in use by another")
+    assert_refused(robust_app("fork", "parent", "--run-dir", 300 * "x"), "cannot be written")
+
+
+def test_networks_of_stages_that_have_ended_are_taken_over(robust_app, train):
+    parent = train("parent", short_config(stages=2, stage_epochs=1), "--stop-after", "4")
+    assert robust_app("fork", "parent", "--set", "stage_learning_rate=1e-4")[0] == 0
+    fork = RunDirectory(Path("runs/parent-fork-1"))
+    for stage, epoch in ((0, 3), (1, 4)):
+        ours, theirs = (checkpoint.load(run.stage_file(stage)) for run in (fork, parent))
+        assert ours["epoch"] == theirs["epoch"] == epoch
+    assert robust_app("train", "--run-dir", fork.path, "--resume")[0] == 0
+    assert fork.stage_file(2).exists()
+    assert robust_app("verify-run", fork.path)[0] == 0
+
+
+def test_a_best_network_that_is_lost_is_told(robust_app, parent):
+    metrics = parent.metrics()
+    metrics[0] |= {"verified_error": 0.0, "standard_error": 0.0}
+    parent.write_metrics(metrics)
+    parent.best_file.unlink()
+    out = robust_app("fork", "parent")[1]
+    assert "parent-fork-1/best.pt: missing, the network of epoch 1" in out
+
+
+def test_what_verifies_the_held_out_images_stays(robust_app, train):
+    train("parent", short_config(**CROWN, crown_share=(1.0, 1.0)), "--stop-after", "2")
+    words = ["crown_share: a fork keeps what verifies", "ibp, crown-ibp", "found ibp"]
+    outcome = robust_app("fork", "parent", "--set", "crown_share=[1, 0]")
+    assert_refused(outcome, *words)
+    outcome = robust_app(
+        "fork", "parent", "--set", "method=advcrown-ibp", "--set", "crown_share=[1, 0]"
+    )
+    assert_refused(outcome, "method: a fork keeps what verifies")
 
 
 def test_divergences_and_the_learning_rate_that_they_left_are_taken_over(robust_app, train, parent):
     parent.add_divergence("epoch 1, batch 2", 0.5)
     saved = checkpoint.load(parent.checkpoint_file)
     checkpoint.save(saved | {"learning_rate_scale": 0.5}, parent.checkpoint_file)
-    robust_app("fork", "parent", "--run-dir", "fork")
+    out = robust_app("fork", "parent", "--run-dir", "fork")[1]
+    assert "the learning rate stays at 0.5 of its schedule's" in out
     fork = train("fork")
     assert fork.divergences() == parent.divergences()
     assert fork.metrics()[-1]["learning_rate_scale"] == 0.5
-
-
-def test_a_moved_parent_is_named_by_where_it_was(robust_app, train, parent):
-    robust_app("fork", "parent", "--run-dir", "fork")
-    shutil.move("parent", "elsewhere")
-    assert len(train("fork", None, "--stop-after", "3").metrics()) == 3
