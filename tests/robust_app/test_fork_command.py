@@ -250,11 +250,15 @@ def test_networks_of_stages_that_have_ended_are_taken_over(robust_app, train):
     assert robust_app("verify-run", fork.path)[0] == 0
 
 
-def test_a_best_network_that_is_lost_is_told(robust_app, parent):
+@pytest.mark.parametrize("other", [None, 2])
+def test_a_best_network_that_is_lost_is_told(robust_app, parent, other):
     metrics = parent.metrics()
     metrics[0] |= {"verified_error": 0.0, "standard_error": 0.0}
     parent.write_metrics(metrics)
+    saved = checkpoint.load(parent.best_file)
     parent.best_file.unlink()
+    if other is not None:
+        checkpoint.save(saved | {"epoch": other}, parent.best_file)
     out = robust_app("fork", "parent")[1]
     assert "parent-fork-1/best.pt: missing, the network of epoch 1" in out
 
