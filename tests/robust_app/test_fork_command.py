@@ -240,8 +240,11 @@ def test_a_folder_that_cannot_be_used_is_refused(robust_app, parent):
 
 def test_networks_of_stages_that_have_ended_are_taken_over(robust_app, train):
     parent = train("parent", short_config(stages=2, stage_epochs=1), "--stop-after", "4")
+    later = checkpoint.load(parent.last_file) | {"epoch": 5}
+    checkpoint.save(later, parent.stage_file(2))  # of a parent that has gone on meanwhile
     assert robust_app("fork", "parent", "--set", "stage_learning_rate=1e-4")[0] == 0
     fork = RunDirectory(Path("runs/parent-fork-1"))
+    assert not fork.stage_file(2).exists()
     for stage, epoch in ((0, 3), (1, 4)):
         ours, theirs = (checkpoint.load(run.stage_file(stage)) for run in (fork, parent))
         assert ours["epoch"] == theirs["epoch"] == epoch
