@@ -6,15 +6,21 @@ from typing import Annotated
 
 import typer
 
-from robust_app import forking, overrides, reporting, session
+from robust_app import forking, overrides, reporting
 from robust_app.run_directory import RunDirectory, next_free
+from robust_app.schedules import setting
 
 
 def fork(
-    parent: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run with a checkpoint.")],
+    parent: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_DIR", help="Of a run; the fork begins after its last epoch."),
+    ],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="What is other from here on."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="What is other from there on; may be repeated."
+        ),
     ] = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the fork is kept; runs/NAME-fork-N by default.")
@@ -29,14 +35,16 @@ def fork(
     planned = forking.plan(RunDirectory(parent), settings or [])
     with child.locked():
         forking.write(planned, child)
-    changed = overrides.differences(planned.config, planned.parent) or "nothing changed"
+    config, done, scale = planned.config, planned.done, planned.learning_rate_scale
+    changed = overrides.differences(config, planned.parent) or "nothing changed"
+    after = setting(config, done)
+    by_schedule = "" if scale == 1 else f", {scale:g} of its schedule's"
     lines = [
         f"run directory: {child.path}",
-        f"forked after epoch {planned.done} of {parent} ({changed})",
-        session.lost_best(child),
-        planned.learning_rate_scale < 1
-        and f"the learning rate stays at {planned.learning_rate_scale:g} of its schedule's",
+        f"forked after epoch {done} of {parent} ({changed})",
+        f"epoch {done + 1} begins with ε {after.epsilon:.4f} and a learning rate of "
+        f"{after.learning_rate * scale:g}{by_schedule}",
         f"continue with: robust-app train --run-dir {shlex.quote(str(child.path))} --resume",
     ]
-    for line in filter(None, lines):
+    for line in lines:
         reporting.console().print(line, highlight=False, markup=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from robust_app import checkpoint, method_settings, methods, overrides, session, training_state
@@ -16,6 +15,7 @@ FIXED = {
     "ibp_initialization": "the network is trained already",
     **dict.fromkeys(("seed", "held_out"), "it chooses the images that are held out"),
     "evaluation_epsilon": "the held-out errors so far are at that radius",
+    **dict.fromkeys(("natural_epochs", "adversarial_epochs"), "all schedules count from their end"),
     **dict.fromkeys(
         ("reference_fan_in", "authors_weights", "moment_decay"), "the optimizer has it"
     ),
@@ -32,22 +32,20 @@ class Fork:
     Attributes:
         config: its own.
         parent: the configuration of the run that it comes from.
-        done: number of epochs that it takes over.
+        checkpoint: of that run, after ``done`` epochs.
+        metrics, environments, divergences, origin: as in the files of these names.
         learning_rate_scale: what the schedule's learning rate has come down to by divergences.
-        files: contents of the checkpoint and the networks, by name.
-        metrics, environments, divergences: as in the files of these names.
-        origin: where it comes from.
     """
 
     config: Config
     parent: Config
+    checkpoint: dict[str, Any]
     done: int
     learning_rate_scale: float
-    files: dict[str, dict[str, Any]]
     metrics: list[dict[str, Any]]
     environments: list[dict[str, Any]]
     divergences: list[dict[str, Any]]
-    origin: dict[str, Any]
+    origin: list[dict[str, Any]]
 
 
 def plan(parent: RunDirectory, settings: Sequence[str]) -> Fork:
@@ -60,45 +58,30 @@ def plan(parent: RunDirectory, settings: Sequence[str]) -> Fork:
     Raises:
         UserError: a setting is refused, or a file is missing or damaged.
     """
-    stored = parent.config()
-    # The networks before the checkpoint, and this before the metrics: none is behind the next.
-    paths = [parent.best_file, parent.last_file]
-    paths += [parent.stage_file(stage) for stage in range(stored.stages + 1)]
-    networks = {path.name: _made_with(stored, path) for path in paths if path.exists()}
-    state = _made_with(stored, parent.checkpoint_file)
+    stored, path = parent.config(), parent.checkpoint_file
+    state = checkpoint.load(path)  # before the metrics, which are written first
+    session.check_config(state, stored, path)
     try:
         done = training_state.epochs_done(state, stored.total_epochs)
         scale = training_state.learning_rate_scale(state)
     except (LookupError, ValueError) as error:
-        raise UserError(f"{parent.checkpoint_file}: damaged ({one_line(error)})") from error
-    metrics = parent.metrics()[:done]
+        raise UserError(f"{path}: damaged ({one_line(error)})") from error
+    metrics = [line | {"taken_over": True} for line in parent.metrics()[:done]]
     if len(metrics) < done:
         raise UserError(f"{parent.metrics_file}: expected {done} epochs, found {len(metrics)}")
     config = overrides.override(stored, settings)
     _check(stored, config, done)
-    epochs = {parent.best_file.name: session.best_epoch(metrics), parent.last_file.name: done}
-    for stage in range(stored.stages + 1):
-        epochs[parent.stage_file(stage).name] = config.epochs + stage * config.stage_epochs
-    label = session.content(config)
-    files = {parent.checkpoint_file.name: state | label}
-    for name, saved in networks.items():
-        if saved.get("epoch") == epochs[name] and saved["epoch"] <= done:
-            files[name] = saved | label
+    made = {"config": stored.to_toml(), "command": sys.argv}
     return Fork(
         config=config,
         parent=stored,
+        checkpoint=state | session.content(config),
         done=done,
         learning_rate_scale=scale,
-        files=files,
         metrics=metrics,
         environments=parent.environments(),
         divergences=parent.divergences(),
-        origin={
-            "run": str(parent.path.resolve()),
-            "epochs": done,
-            "config": stored.to_toml(),
-            "command": sys.argv,
-        },
+        origin=[*parent.origin(), {"run": str(parent.path.resolve()), "epochs": done} | made],
     )
 
 
@@ -113,8 +96,7 @@ def write(fork: Fork, child: RunDirectory) -> None:
         UserError: if the folder holds anything or cannot be written.
     """
     child.check_free()
-    for name, content in fork.files.items():
-        checkpoint.save(content, child.path / name)
+    checkpoint.save(fork.checkpoint, child.checkpoint_file)
     child.write_metrics(fork.metrics)
     for made_with in fork.environments:
         child.add_environment(made_with)
@@ -141,10 +123,7 @@ def _check(stored: Config, config: Config, done: int) -> None:
         )
     if config.epochs < done <= stored.epochs or config.total_epochs <= done:
         found = config.epochs if done <= stored.epochs else config.total_epochs
-        raise UserError(f"epochs: expected more than the {done} that are done, found {found}")
-
-
-def _made_with(config: Config, file: Path) -> dict[str, Any]:
-    content = checkpoint.load(file)
-    session.check_config(content, config, file)
-    return content
+        raise UserError(
+            f"epochs: expected more than the {done} that are done, found {found} (a fork begins "
+            "after a run's last epoch: give it more epochs, or fork a run that is paused before)"
+        )

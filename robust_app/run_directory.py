@@ -1,6 +1,7 @@
 """The files of one training run; each is replaced whole, so that none is ever half written."""
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,11 +78,9 @@ class RunDirectory:
             raise UserError(f"{self.path}: cannot be written ({reason(error)})") from error
         unbegun = {".lock", f"{self.config_file.name}.partial"}  # of a run killed before it began
         if self.path.exists() and any(entry.name not in unbegun for entry in self.path.iterdir()):
-            run = "add --resume to continue the run in it, or choose another"
-            way = (
-                run if self.config_file.exists() else "choose another folder, there is no run in it"
-            )
-            raise UserError(f"{self.path}: not empty; {way}")
+            resume = f"train --run-dir {shlex.quote(str(self.path))} --resume trains the run in it"
+            found = resume if self.config_file.exists() else "there is no run in it"
+            raise UserError(f"{self.path}: not empty; choose another folder ({found})")
 
     def start(self, config: Config) -> None:
         """Write the configuration of a new run.
@@ -96,8 +95,12 @@ class RunDirectory:
         """Make the folder a run's; without its configuration it is none."""
         _write(self.config_file, config.to_toml())
 
-    def write_origin(self, origin: dict[str, Any]) -> None:
-        """Note what run a fork comes from."""
+    def origin(self) -> list[dict[str, Any]]:
+        """The runs that a fork comes from, the first one first; none of a run that is no fork."""
+        return _read_list(self.origin_file, ("run", "epochs", "config"))
+
+    def write_origin(self, origin: list[dict[str, Any]]) -> None:
+        """Note what runs a fork comes from."""
         _write(self.origin_file, _json(origin, indent=2))
 
     def config(self) -> Config:

@@ -49,9 +49,11 @@ def check_config(saved: dict[str, Any], config: Config, path: Path) -> None:
 def best_epoch(metrics: list[dict[str, Any]]) -> int | None:
     """The epoch with the lowest verified, then standard, error on the held-out images.
 
-    Test images play no part. None where nothing is held out.
+    Test images play no part. None where nothing is held out, and before a fork has trained: the
+    networks of the epochs that it took over are the other run's.
     """
-    measured = [epoch for epoch in metrics if epoch["verified_error"] is not None]
+    own = [epoch for epoch in metrics if not epoch.get("taken_over")]
+    measured = [epoch for epoch in own if epoch["verified_error"] is not None]
     if not measured:
         return None
     best = min(measured, key=lambda epoch: (epoch["verified_error"], epoch["standard_error"]))

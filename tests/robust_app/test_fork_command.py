@@ -1,7 +1,6 @@
 """Runs that go on from where another is."""
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from tests.robust_app.refusals import assert_refused
 from tests.robust_app.runs import SHI, full_strength, short_config
 
 CROWN = {"method": "crown-ibp", "adversarial_epochs": 0.0}
+OWN = ("seconds", "taken_over")
 STAGES = {"stages": 1, "stage_epochs": 2, "stage_learning_rate": 1e-3}
 
 
@@ -76,7 +76,10 @@ def network_of(run, file="last_file"):
 def assert_same(run, other):
     """To the bits, and epoch by epoch but for the time it took."""
     assert torch.equal(network_of(run)[1], network_of(other)[1])
-    ours, theirs = ([m | {"seconds": 0} for m in each.metrics()] for each in (run, other))
+    ours, theirs = (
+        [{k: v for k, v in line.items() if k not in OWN} for line in each.metrics()]
+        for each in (run, other)
+    )
     assert ours == theirs
 
 
@@ -91,6 +94,7 @@ def test_a_fork_ends_as_the_run_that_had_its_settings_all_along(robust_app, trai
         "run directory: fork",
         "forked after epoch 2 of parent (method: 'weighted-sum', not 'advibp'; "
         "preference: (4.0, 1.0), not (1.0, 1.0))",
+        "epoch 3 begins with ε 0.0300 and a learning rate of 0.001",
         "continue with: robust-app train --run-dir fork --resume",
     ]
     forked = train("fork")
@@ -110,13 +114,16 @@ def test_it_says_where_it_comes_from(robust_app, train, parent):
     robust_app("fork", "parent", "--run-dir", "fork", "--set", "learning_rate=1e-4")
     fork = RunDirectory(Path("fork"))
     assert fork.environments() == parent.environments()
-    origin = json.loads(fork.origin_file.read_text())
+    [origin] = fork.origin()
     assert origin["command"][1:3] == ["fork", "parent"]
     assert (origin["run"], origin["epochs"]) == (str(Path("parent").resolve()), 2)
     assert Config.from_mapping(tomllib.loads(origin["config"])) == parent.config()
-    assert robust_app("verify-run", "fork")[0] == 0
     train("fork")
     assert robust_app("verify-run", "fork")[0] == 0
+    robust_app("fork", "fork", "--run-dir", "again", "--set", "epochs=4")
+    again = RunDirectory(Path("again")).origin()
+    assert again[0] == origin
+    assert [made["epochs"] for made in again] == [2, 3]
 
 
 def test_a_run_that_is_done_trains_for_longer(robust_app, train):
@@ -131,24 +138,24 @@ def test_a_run_that_is_done_trains_for_longer(robust_app, train):
     more = train("more")
     assert [epoch["epoch"] for epoch in more.metrics()] == [1, 2, 3, 4, 5]
     assert more.results()[-1]["network"].endswith("last (epoch 5)")
+    assert_same(more, train("whole", short_config(), "--set", "epochs=5", "--set", "pgd_steps=1"))
 
 
-@pytest.mark.parametrize("best", [1, 2])
-def test_the_best_network_is_taken_over_if_it_is_of_the_epochs_taken_over(robust_app, parent, best):
+def test_the_best_network_is_one_of_its_own(robust_app, train, parent):
     metrics = parent.metrics()
-    metrics[best - 1] |= {"verified_error": 0.0, "standard_error": 0.0}
-    parent.write_metrics(metrics)
-    saved = checkpoint.load(parent.last_file)
-    checkpoint.save(saved | {"epoch": best}, parent.best_file)
-    parent.write_metrics([*metrics, metrics[-1] | {"epoch": 3}])  # of a run that goes on meanwhile
-    robust_app("fork", "parent", "--run-dir", "fork", "--set", "learning_rate=1e-4")
+    metrics[0] |= {"verified_error": 0.0, "standard_error": 0.0}
+    later = metrics[-1] | {"epoch": 3}  # of a parent that has gone on meanwhile
+    parent.write_metrics([*metrics, later])
+    robust_app("fork", "parent", "--run-dir", "fork")
     fork = RunDirectory(Path("fork"))
-    assert fork.metrics() == metrics
-    assert network_of(fork, "best_file")[0] == best
-    assert network_of(fork)[0] == 2
-    checkpoint.save(saved | {"epoch": 3}, parent.best_file)  # better, and not of these epochs
-    robust_app("fork", "parent", "--run-dir", "later", "--set", "learning_rate=1e-4")
-    assert not Path("later/best.pt").exists()
+    assert fork.metrics() == [line | {"taken_over": True} for line in metrics]
+    assert not fork.best_file.exists()
+    outcome = robust_app("evaluate", "fork", "--pgd-steps", "1")
+    assert_refused(outcome, "fork/last.pt: cannot be read")
+    train("fork")
+    assert network_of(fork, "best_file")[0] == 3
+    assert [line.get("taken_over", False) for line in fork.metrics()] == [True, True, False]
+    assert robust_app("verify-run", "fork")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -164,6 +171,8 @@ def test_the_best_network_is_taken_over_if_it_is_of_the_epochs_taken_over(robust
         ("moment_decay=[0.1, 0.1]", ["moment_decay: a fork keeps", "the optimizer has it"]),
         ("reference_fan_in=100", ["reference_fan_in: a fork keeps"]),
         ("authors_weights=true", ["authors_weights: a fork keeps"]),
+        ("natural_epochs=0.25", ["natural_epochs: a fork keeps", "count from their end"]),
+        ("adversarial_epochs=0.25", ["adversarial_epochs: a fork keeps"]),
         ("attack_steps=3", ["attack_steps: expected 10 for advibp, found 3"]),
         ("crown_share=[0.5, 0.5]", ["crown_share: expected [1, 0] for advibp"]),
         ("method=ibp", ["adversarial_epochs: expected 0 for ibp, found 0.5\n"]),
@@ -222,13 +231,7 @@ def test_a_fork_that_is_broken_off_is_no_run(robust_app, parent, monkeypatch):
 
 def test_a_refused_fork_leaves_nothing(robust_app, parent):
     assert robust_app("fork", "parent", "--set", "seed=1")[0] == 2
-    whole = parent.best_file.read_bytes()
-    parent.best_file.write_bytes(whole[:-9])
-    assert_refused(robust_app("fork", "parent"), "parent/best.pt: not a checkpoint")
     assert not Path("runs").exists()
-    parent.best_file.write_bytes(whole)
-    assert robust_app("fork", "parent")[0] == 0
-    assert [path.name for path in Path("runs").iterdir()] == ["parent-fork-1"]
 
 
 def test_a_folder_that_cannot_be_used_is_refused(robust_app, parent):
@@ -236,34 +239,6 @@ def test_a_folder_that_cannot_be_used_is_refused(robust_app, parent):
     with fork.locked():
         assert_refused(robust_app("fork", "parent", "--run-dir", "fork"), "fork: in use by another")
     assert_refused(robust_app("fork", "parent", "--run-dir", 300 * "x"), "cannot be written")
-
-
-def test_networks_of_stages_that_have_ended_are_taken_over(robust_app, train):
-    parent = train("parent", short_config(stages=2, stage_epochs=1), "--stop-after", "4")
-    later = checkpoint.load(parent.last_file) | {"epoch": 5}
-    checkpoint.save(later, parent.stage_file(2))  # of a parent that has gone on meanwhile
-    assert robust_app("fork", "parent", "--set", "stage_learning_rate=1e-4")[0] == 0
-    fork = RunDirectory(Path("runs/parent-fork-1"))
-    assert not fork.stage_file(2).exists()
-    for stage, epoch in ((0, 3), (1, 4)):
-        ours, theirs = (checkpoint.load(run.stage_file(stage)) for run in (fork, parent))
-        assert ours["epoch"] == theirs["epoch"] == epoch
-    assert robust_app("train", "--run-dir", fork.path, "--resume")[0] == 0
-    assert fork.stage_file(2).exists()
-    assert robust_app("verify-run", fork.path)[0] == 0
-
-
-@pytest.mark.parametrize("other", [None, 2])
-def test_a_best_network_that_is_lost_is_told(robust_app, parent, other):
-    metrics = parent.metrics()
-    metrics[0] |= {"verified_error": 0.0, "standard_error": 0.0}
-    parent.write_metrics(metrics)
-    saved = checkpoint.load(parent.best_file)
-    parent.best_file.unlink()
-    if other is not None:
-        checkpoint.save(saved | {"epoch": other}, parent.best_file)
-    out = robust_app("fork", "parent")[1]
-    assert "parent-fork-1/best.pt: missing, the network of epoch 1" in out
 
 
 def test_what_verifies_the_held_out_images_stays(robust_app, train):
@@ -282,7 +257,7 @@ def test_divergences_and_the_learning_rate_that_they_left_are_taken_over(robust_
     saved = checkpoint.load(parent.checkpoint_file)
     checkpoint.save(saved | {"learning_rate_scale": 0.5}, parent.checkpoint_file)
     out = robust_app("fork", "parent", "--run-dir", "fork")[1]
-    assert "the learning rate stays at 0.5 of its schedule's" in out
+    assert "a learning rate of 0.0005, 0.5 of its schedule's" in out
     fork = train("fork")
     assert fork.divergences() == parent.divergences()
     assert fork.metrics()[-1]["learning_rate_scale"] == 0.5
