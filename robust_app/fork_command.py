@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from robust_app import forking, overrides, reporting
+from robust_app import distributed, forking, overrides, reporting
+from robust_app.errors import UserError
 from robust_app.run_directory import RunDirectory, next_free
 from robust_app.schedules import setting
 
@@ -30,8 +31,12 @@ def fork(
 
     The other run is only read. What begins is trained by `train --resume`.
     """
+    if distributed.rank() > 0:
+        return  # one of torchrun's processes does it
     child = RunDirectory(run_dir or next_free(Path("runs"), f"{parent.resolve().name}-fork"))
     child.check_free()
+    if parent.resolve() in child.path.resolve().parents:
+        raise UserError(f"{child.path}: lies in the run that is forked; choose another folder")
     planned = forking.plan(RunDirectory(parent), settings or [])
     with child.locked():
         forking.write(planned, child)

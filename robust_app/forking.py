@@ -11,14 +11,18 @@ from robust_app.errors import UserError, one_line
 from robust_app.run_directory import RunDirectory
 
 FIXED = {
-    **dict.fromkeys(("dataset", "model", "batch_norm"), "the checkpoint is of it"),
+    "dataset": "the network was trained on it",
+    "model": "the checkpoint is of it",
+    "batch_norm": "the checkpoint is of a network with or without it",
     "ibp_initialization": "the network is trained already",
-    **dict.fromkeys(("seed", "held_out"), "it chooses the images that are held out"),
-    "evaluation_epsilon": "the held-out errors so far are at that radius",
-    **dict.fromkeys(("natural_epochs", "adversarial_epochs"), "all schedules count from their end"),
-    **dict.fromkeys(
-        ("reference_fan_in", "authors_weights", "moment_decay"), "the optimizer has it"
-    ),
+    "seed": "it draws the held-out images",
+    "held_out": "other images would be held out",
+    "evaluation_epsilon": "held-out errors are at that radius",
+    "natural_epochs": "all schedules count from their end",
+    "adversarial_epochs": "all schedules count from their end",
+    "reference_fan_in": "the optimizer's groups are made by it",
+    "authors_weights": "the optimizer's moments are of the parameters that it names",
+    "moment_decay": "the optimizer's moments are kept by it",
 }
 """Settings that a fork has of its parent, and why."""
 BEGUN = dict.fromkeys(("epochs", "stages", "stage_epochs"), "a layer-wise stage has begun")
@@ -80,7 +84,7 @@ def plan(parent: RunDirectory, settings: Sequence[str]) -> Fork:
         learning_rate_scale=scale,
         metrics=metrics,
         environments=parent.environments(),
-        divergences=parent.divergences(),
+        divergences=[line for line in parent.divergences() if line["learning_rate_scale"] >= scale],
         origin=[*parent.origin(), {"run": str(parent.path.resolve()), "epochs": done} | made],
     )
 
@@ -112,7 +116,12 @@ def _check(stored: Config, config: Config, done: int) -> None:
         was, now = getattr(stored, name), getattr(config, name)
         if was != now:
             raise UserError(f"{name}: a fork keeps its parent's, {was!r}: {why}; found {now!r}")
-    method_settings.check(config)
+    try:
+        method_settings.check(config)
+    except UserError as error:
+        if str(error).partition(":")[0] in FIXED:
+            raise UserError(f"{error}, which a fork cannot change") from None
+        raise
     method_settings.check_changes(stored, config)
     was, now = (", ".join(methods.verifiers_of(each)) for each in (stored, config))
     if was != now:

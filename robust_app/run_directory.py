@@ -71,13 +71,14 @@ class RunDirectory:
         Raises:
             UserError: if the folder holds anything.
         """
+        unbegun = {".lock", f"{self.config_file.name}.partial"}  # of a run killed before it began
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.path}: not a folder")
-        except OSError as error:  # a name that is too long
-            raise UserError(f"{self.path}: cannot be written ({reason(error)})") from error
-        unbegun = {".lock", f"{self.config_file.name}.partial"}  # of a run killed before it began
-        if self.path.exists() and any(entry.name not in unbegun for entry in self.path.iterdir()):
+            names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            raise UserError(f"{self.path}: cannot be used ({reason(error)})") from error
+        if not unbegun.issuperset(names):
             resume = f"train --run-dir {shlex.quote(str(self.path))} --resume trains the run in it"
             found = resume if self.config_file.exists() else "there is no run in it"
             raise UserError(f"{self.path}: not empty; choose another folder ({found})")
@@ -97,7 +98,13 @@ class RunDirectory:
 
     def origin(self) -> list[dict[str, Any]]:
         """The runs that a fork comes from, the first one first; none of a run that is no fork."""
-        return _read_list(self.origin_file, ("run", "epochs", "config"))
+        kinds = {"run": str, "epochs": int, "config": str}
+        found = _read_list(self.origin_file, kinds)
+        for entry in found:
+            for key, kind in kinds.items():
+                if not isinstance(entry[key], kind):
+                    raise UserError(f"{self.origin_file}: damaged ({key} is no {kind.__name__})")
+        return found
 
     def write_origin(self, origin: list[dict[str, Any]]) -> None:
         """Note what runs a fork comes from."""
@@ -152,6 +159,11 @@ class RunDirectory:
             known = int | float if key == "seconds" else int | float | None
             if not all(isinstance(line.get(key), known) for line in found):
                 raise UserError(f"{self.metrics_file}: damaged ({key} is not a number)")
+        marks = [line["taken_over"] for line in found if "taken_over" in line]
+        if marks != [line.get("taken_over") for line in found[: len(marks)]] or not all(
+            mark is True for mark in marks
+        ):
+            raise UserError(f"{self.metrics_file}: damaged (taken_over is not of the first epochs)")
         if any((line[METRICS[0]] is None) != (line[METRICS[1]] is None) for line in found):
             raise UserError(f"{self.metrics_file}: damaged (one of two errors is missing)")
         return found
@@ -184,10 +196,17 @@ class RunDirectory:
 
 
 def next_free(parent: Path, name: str) -> Path:
-    """The first of ``parent/name-1``, ``-2``, … that does not exist."""
+    """The first of ``parent/name-1``, ``-2``, … that does not exist.
+
+    Raises:
+        UserError: no folder can have such a name.
+    """
     number = 1
-    while (path := parent / f"{name}-{number}").exists():
-        number += 1
+    try:
+        while (path := parent / f"{name}-{number}").exists():
+            number += 1
+    except OSError as error:
+        raise UserError(f"--run-dir: needed, {path.name} is no name ({reason(error)})") from error
     return path
 
 

@@ -222,6 +222,8 @@ def load_network(
         UserError: if the file is missing, damaged, of another network or configuration.
     """
     path, config = directory.path / f"{which}.pt", directory.config()
+    if not path.exists():
+        raise UserError(f"{path}: missing; a run has it once it has trained such an epoch itself")
     saved = checkpoint.load(path)
     if not {"network", "epoch"} <= saved.keys() or not isinstance(saved["epoch"], int):
         raise UserError(f"{path}: holds no network")

@@ -84,6 +84,13 @@ def check_files(directory: RunDirectory, networks: Networks) -> None:
         raise UserError(
             f"{directory.metrics_file}: {done} epochs are done, found the metrics of {len(metrics)}"
         )
+    taken_over = sum("taken_over" in line for line in metrics)
+    before = [run["epochs"] for run in directory.origin()][-1:] or [0]
+    if [taken_over] != before:
+        raise UserError(
+            f"{directory.origin_file}: says that {before[0]} epochs were taken over, "
+            f"{directory.metrics_file.name} says {taken_over}"
+        )
     if lost := session.lost_best(directory):
         raise UserError(lost)
     best = session.best_epoch(metrics[:done])

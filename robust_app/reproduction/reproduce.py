@@ -213,7 +213,7 @@ def check_config(directory: RunDirectory, config: Config) -> None:
     """
     if not directory.config_file.exists():
         return
-    different = differences(directory.config(), config)
+    different = differences(directory.config(), config) or ("a fork" if directory.origin() else "")
     if different:
         raise UserError(
             f"{directory.path}: holds another run ({different}); move it away or give another --out"

@@ -151,7 +151,7 @@ def test_the_best_network_is_one_of_its_own(robust_app, train, parent):
     assert fork.metrics() == [line | {"taken_over": True} for line in metrics]
     assert not fork.best_file.exists()
     outcome = robust_app("evaluate", "fork", "--pgd-steps", "1")
-    assert_refused(outcome, "fork/last.pt: cannot be read")
+    assert_refused(outcome, "fork/last.pt: missing; a run has it once it has trained")
     train("fork")
     assert network_of(fork, "best_file")[0] == 3
     assert [line.get("taken_over", False) for line in fork.metrics()] == [True, True, False]
@@ -165,17 +165,20 @@ def test_the_best_network_is_one_of_its_own(robust_app, train, parent):
         ("model=dm-small", ["model: a fork keeps its parent's", "the checkpoint is of it"]),
         ("batch_norm=true", ["batch_norm: a fork keeps its parent's, False"]),
         ("ibp_initialization=true", ["ibp_initialization: a fork", "is trained already"]),
-        ("seed=1", ["seed: a fork keeps its parent's, 0: it chooses the images", "found 1"]),
+        ("seed=1", ["seed: a fork keeps its parent's, 0: it draws the held-out images", "found 1"]),
         ("held_out=100", ["held_out: a fork keeps its parent's, 141"]),
         ("evaluation_epsilon=0.2", ["evaluation_epsilon: a fork keeps", "at that radius"]),
-        ("moment_decay=[0.1, 0.1]", ["moment_decay: a fork keeps", "the optimizer has it"]),
+        ("moment_decay=[0.1, 0.1]", ["moment_decay: a fork keeps", "moments are kept by it"]),
         ("reference_fan_in=100", ["reference_fan_in: a fork keeps"]),
         ("authors_weights=true", ["authors_weights: a fork keeps"]),
         ("natural_epochs=0.25", ["natural_epochs: a fork keeps", "count from their end"]),
         ("adversarial_epochs=0.25", ["adversarial_epochs: a fork keeps"]),
         ("attack_steps=3", ["attack_steps: expected 10 for advibp, found 3"]),
         ("crown_share=[0.5, 0.5]", ["crown_share: expected [1, 0] for advibp"]),
-        ("method=ibp", ["adversarial_epochs: expected 0 for ibp, found 0.5\n"]),
+        (
+            "method=ibp",
+            ["adversarial_epochs: expected 0 for ibp, found 0.5, which a fork cannot change"],
+        ),
         ("colour=red", ["unknown key 'colour'"]),
     ],
 )
@@ -238,7 +241,65 @@ def test_a_folder_that_cannot_be_used_is_refused(robust_app, parent):
     fork = RunDirectory(Path("fork"))
     with fork.locked():
         assert_refused(robust_app("fork", "parent", "--run-dir", "fork"), "fork: in use by another")
-    assert_refused(robust_app("fork", "parent", "--run-dir", 300 * "x"), "cannot be written")
+    long = 250 * "x"
+    assert_refused(
+        robust_app("fork", "parent", "--run-dir", 300 * "x"), "cannot be used (File name"
+    )
+    assert_refused(robust_app("fork", "parent", "--run-dir", "parent/fork"), "lies in the run that")
+    parent.path.rename(long)
+    Path("runs").mkdir()
+    assert_refused(robust_app("fork", long), "--run-dir: needed", "is no name (File name too long")
+
+
+def test_moments_are_taken_over_by_another_method(robust_app, train):
+    train("parent", certified_first(), "--stop-after", "3")
+    for name, method in (("sum", "weighted-sum"), ("back", "advibp")):
+        source = "parent" if name == "sum" else "sum"
+        assert robust_app("fork", source, "--run-dir", name, "--set", f"method={method}")[0] == 0
+        assert len(train(name, None, *(("--stop-after", "3") if name == "sum" else ())).metrics())
+    assert_same(RunDirectory(Path("back")), train("parent"))
+    assert robust_app("plot", "parent", "back")[0] == 0
+
+
+def test_one_of_several_processes_forks(robust_app, parent, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert robust_app("fork", "parent") == (0, "", "")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("origin.json", lambda text: text[:-9], "origin.json: cannot be read"),
+        (
+            "origin.json",
+            lambda text: text.replace('"epochs": 2', '"epochs": "two"'),
+            "origin.json: damaged (epochs is no int)",
+        ),
+        (
+            "origin.json",
+            lambda text: text.replace('"epochs": 2', '"epochs": 1'),
+            "origin.json: says that 1 epochs were taken over, metrics.jsonl says 2",
+        ),
+        ("origin.json", lambda _: "[]", "says that 0 epochs were taken over"),
+        (
+            "metrics.jsonl",
+            lambda text: text.replace(', "taken_over": true', "", 1),
+            "metrics.jsonl: damaged (taken_over is not of the first epochs)",
+        ),
+        (
+            "metrics.jsonl",
+            lambda text: text.replace('"taken_over": true', '"taken_over": "no"'),
+            "metrics.jsonl: damaged (taken_over is not of the first epochs)",
+        ),
+    ],
+)
+def test_damage_of_what_it_comes_from_is_noticed(robust_app, train, parent, name, damage, words):
+    robust_app("fork", "parent", "--run-dir", "fork")
+    fork = train("fork")
+    file = fork.path / name
+    file.write_text(damage(file.read_text()))
+    assert_refused(robust_app("verify-run", "fork"), words)
 
 
 def test_what_verifies_the_held_out_images_stays(robust_app, train):

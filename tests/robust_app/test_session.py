@@ -121,7 +121,7 @@ def test_a_saved_network_is_loaded_with_its_epoch(tmp_path, digits, network):
     assert not loaded.training
     x = digits.x_test[:3].float() / 255
     assert torch.equal(loaded(x), network(x))
-    with pytest.raises(UserError, match=r"stage-1\.pt: cannot be read"):
+    with pytest.raises(UserError, match=r"stage-1\.pt: missing; a run has it once"):
         load_network(directory, digits, "stage-1")
 
 

@@ -182,6 +182,12 @@ def test_a_directory_with_another_run_is_refused(reproduce, finished):
     assert_refused(outcome, RUN, "holds another run (seed: 7, not 0)", "--out")
 
 
+def test_a_fork_in_the_place_of_a_run_is_refused(reproduce, finished):
+    RunDirectory(finished / RUN).write_origin([{"run": "other", "epochs": 1, "config": ""}])
+    outcome = reproduce("table-3", *ONE_ROW, *TINY, "--out", finished)
+    assert_refused(outcome, RUN, "holds another run (a fork)", "--out")
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(reproduce, finished, mnist):
     run = RunDirectory(finished / RUN)
