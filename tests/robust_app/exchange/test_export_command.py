@@ -66,7 +66,7 @@ def test_by_default_it_lies_in_the_run(robust_app, digits_run, tmp_path):
         (("--timeout", "0"), ("--timeout", "positive", "0.0")),
         (("--timeout", "nan"), ("--timeout", "positive", "nan")),
         (("--network", "lost"), ("--network", "'lost'", "'last'")),
-        (("--network", "last"), ("last.pt", "cannot be read")),
+        (("--network", "last"), ("last.pt", "missing; a run has it once it has trained")),
         (("--verifier", "ibq"), ("ibq", "'ibp'")),
     ],
 )
