@@ -125,9 +125,9 @@ def _check(stored: Config, config: Config, done: int) -> None:
     method_settings.check_changes(stored, config)
     was, now = (", ".join(methods.verifiers_of(each)) for each in (stored, config))
     if was != now:
-        names = "crown_share" if stored.method == config.method else "method"
+        name = "crown_share" if stored.method == config.method else "method"
         raise UserError(
-            f"{names}: a fork keeps what verifies the held-out images, {was}: their errors so far "
+            f"{name}: a fork keeps what verifies the held-out images, {was}: their errors so far "
             f"are by it; found {now}"
         )
     if config.epochs < done <= stored.epochs or config.total_epochs <= done:

@@ -159,10 +159,9 @@ class RunDirectory:
             known = int | float if key == "seconds" else int | float | None
             if not all(isinstance(line.get(key), known) for line in found):
                 raise UserError(f"{self.metrics_file}: damaged ({key} is not a number)")
-        marks = [line["taken_over"] for line in found if "taken_over" in line]
-        if marks != [line.get("taken_over") for line in found[: len(marks)]] or not all(
-            mark is True for mark in marks
-        ):
+        marks = [line.get("taken_over") for line in found]
+        taken_over = marks.count(True)
+        if marks != taken_over * [True] + (len(marks) - taken_over) * [None]:
             raise UserError(f"{self.metrics_file}: damaged (taken_over is not of the first epochs)")
         if any((line[METRICS[0]] is None) != (line[METRICS[1]] is None) for line in found):
             raise UserError(f"{self.metrics_file}: damaged (one of two errors is missing)")

@@ -84,7 +84,7 @@ def check_files(directory: RunDirectory, networks: Networks) -> None:
         raise UserError(
             f"{directory.metrics_file}: {done} epochs are done, found the metrics of {len(metrics)}"
         )
-    taken_over = sum("taken_over" in line for line in metrics)
+    taken_over = sum(line.get("taken_over", False) for line in metrics)
     before = [run["epochs"] for run in directory.origin()][-1:] or [0]
     if [taken_over] != before:
         raise UserError(
