@@ -75,6 +75,8 @@ def plan(parent: RunDirectory, settings: Sequence[str]) -> Fork:
         raise UserError(f"{parent.metrics_file}: expected {done} epochs, found {len(metrics)}")
     config = overrides.override(stored, settings)
     _check(stored, config, done)
+    # Of a parent that is about to go back, the last one is noted before the checkpoint has it.
+    divergences = [line for line in parent.divergences() if line["learning_rate_scale"] >= scale]
     made = {"config": stored.to_toml(), "command": sys.argv}
     return Fork(
         config=config,
@@ -84,7 +86,7 @@ def plan(parent: RunDirectory, settings: Sequence[str]) -> Fork:
         learning_rate_scale=scale,
         metrics=metrics,
         environments=parent.environments(),
-        divergences=[line for line in parent.divergences() if line["learning_rate_scale"] >= scale],
+        divergences=divergences,
         origin=[*parent.origin(), {"run": str(parent.path.resolve()), "epochs": done} | made],
     )
 

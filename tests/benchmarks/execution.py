@@ -1,4 +1,4 @@
-"""Steps of training as they are, captured in CUDA graphs and compiled, in each precision."""
+"""Steps of training as they are, captured in CUDA graphs and compiled, also with fewer digits."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
