@@ -324,10 +324,10 @@ def test_the_short_schedule_of_cifar10_ends_with_both_losses_too(model, radius):
         assert setting(config, 141.1).learning_rate == pytest.approx(0.04 * 1e-3)
 
 
-def test_what_is_tuned_for_two_networks_is_in_no_other_recipe():
+def test_what_is_tuned_for_dm_networks_is_in_no_other_recipe():
     for name, config in every():
         tuned = name.startswith(("mnist-", "cifar10-")) and name.endswith("-short")
-        tuned = tuned and config.model in ("dm-small", "dm-large")
+        tuned = tuned and config.model in ("dm-small", "dm-medium", "dm-large")
         assert config.reference_fan_in == (256 if tuned else 0), name
         both = config.method in ("advibp", "advcrown-ibp", "weighted-sum")
         frozen_from = 40 if tuned and both and name.startswith("mnist-") else math.inf
@@ -335,16 +335,17 @@ def test_what_is_tuned_for_two_networks_is_in_no_other_recipe():
 
 
 def test_the_short_schedule_of_other_networks_is_that_of_shi_et_al():
-    assert recipes.load("mnist-dm-medium-short").epochs == 70  # DM-Small's and DM-Large's differ
+    assert recipes.load("mnist-cnn-small-short").epochs == 70  # of the DM networks 120
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
+@pytest.mark.parametrize("size", ["dm-medium", "dm-large"])
 @pytest.mark.parametrize("method", methods.METHODS)
-def test_dm_large_takes_over_the_short_schedule_of_dm_small(method, dataset):
-    small, large = (
-        recipes.load(f"{dataset}-{size}-{method}-short") for size in ("dm-small", "dm-large")
+def test_larger_dm_networks_take_over_the_short_schedule_of_dm_small(method, size, dataset):
+    small, larger = (
+        recipes.load(f"{dataset}-{name}-{method}-short") for name in ("dm-small", size)
     )
-    assert dataclasses.replace(large, model="dm-small") == small
+    assert dataclasses.replace(larger, model="dm-small") == small
 
 
 def test_digits_leaves_whole_batches_to_train_on():
