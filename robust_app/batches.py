@@ -18,8 +18,8 @@ def as_float(x: Tensor) -> Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def augment(x: Tensor, generator: torch.Generator, padding: int) -> Tensor:
-    """Flip each image left to right with probability ½ and shift it by up to ``padding`` pixels.
+def augment(x: Tensor, generator: torch.Generator, padding: int, mirror: bool) -> Tensor:
+    """Shift each image by up to ``padding`` pixels and flip it left to right with probability ½.
 
     The shift is a crop at random from the image padded with zeros on every side.
 
@@ -27,6 +27,7 @@ def augment(x: Tensor, generator: torch.Generator, padding: int) -> Tensor:
         x: images (n, C, H, W), of any dtype.
         padding: number of zeros on every side, at least 0.
         generator: on the device of ``x``.
+        mirror: False for no flips, as of digits, which they make into other signs.
 
     Returns:
         A new tensor of the shape and dtype of ``x``.
@@ -38,7 +39,8 @@ def augment(x: Tensor, generator: torch.Generator, padding: int) -> Tensor:
 
     rows = draw(2 * padding + 1) + torch.arange(height, device=x.device)  # (n, H)
     columns = draw(2 * padding + 1) + torch.arange(width, device=x.device)  # (n, W)
-    columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+    if mirror:
+        columns = torch.where(draw(2) == 1, columns.flip(1), columns)
     image = torch.arange(n, device=x.device)[:, None, None, None]
     channel = torch.arange(channels, device=x.device)[:, None, None]
     padded = F.pad(x, [padding] * 4)

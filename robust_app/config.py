@@ -132,8 +132,9 @@ class Config:
         stage_epochs: length of each.
         stage_learning_rate: with which each begins; ``stage_milestones`` count from there.
         gradient_clip: largest norm of a step's gradient; inf leaves it as it is.
-        augment: random flips and crops of the training images.
+        augment: random crops of the training images, and flips where ``mirror``.
         crop_padding: zeros around an image that is cropped at random.
+        mirror: flip half of them left to right; of digits that makes other signs.
         precision: of the products in training, ``float32``, ``tf32`` (on a GPU) or ``bf16``; all
             else, and whatever measures or certifies, is float32.
         held_out: number of training images set aside to choose the best epoch by.
@@ -181,6 +182,7 @@ class Config:
     gradient_clip: Annotated[float, LIMIT]
     augment: Annotated[bool, SWITCH]
     crop_padding: Annotated[int, INTEGER] = 4
+    mirror: Annotated[bool, SWITCH] = True
     precision: Annotated[str, PRECISION] = "float32"
     held_out: Annotated[int, INTEGER]
     pgd_steps: Annotated[int, ATTEMPTS]

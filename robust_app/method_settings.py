@@ -57,6 +57,7 @@ def check_changes(config: Config, changed: Config) -> None:
         "crown_share": (not method.crown, f"for {changed.method}"),
         "natural_weight": (method.losses != ("mixed",), f"for {changed.method}"),
         "crop_padding": (not changed.augment, "without augment"),
+        "mirror": (not changed.augment, "without augment"),
         **dict.fromkeys(stages, (changed.stages == 0, "without stages")),
     }
     for name, (so, where) in unread.items():

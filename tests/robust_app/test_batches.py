@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,21 +38,30 @@ def windows(image, padding=4):
 def test_augment_crops_or_mirrors_each_image_and_reaches_every_window(dtype, shape, padding):
     image = torch.randint(1, 255, shape, generator=generator()).to(dtype)
     x = image.expand(5000, *shape)
-    found = augment(x, generator(1), padding)
+    found = augment(x, generator(1), padding, mirror=True)
     assert (found.shape, found.dtype) == (x.shape, x.dtype)
     assert {one.numpy().tobytes() for one in found} == windows(image, padding)
 
 
 def test_augment_without_padding_only_flips():
     image = torch.rand(1, 4, 5, generator=generator())
-    found = augment(image.expand(50, 1, 4, 5), generator(), 0)
+    found = augment(image.expand(50, 1, 4, 5), generator(), 0, mirror=True)
     whole = {image.numpy().tobytes(), image.flip(-1).numpy().tobytes()}
     assert {one.numpy().tobytes() for one in found} == whole
 
 
+def test_augment_without_mirror_only_shifts():
+    image = torch.rand(1, 3, 4, generator=generator())
+    found = augment(image.expand(2000, 1, 3, 4), generator(), 1, mirror=False)
+    padded = F.pad(image, [1] * 4)
+    shifted = [padded[:, i : i + 3, j : j + 4] for i in range(3) for j in range(3)]
+    whole = {one.numpy().tobytes() for one in shifted}
+    assert {one.contiguous().numpy().tobytes() for one in found} == whole
+
+
 def test_augment_treats_every_image_as_its_own():
     x = torch.arange(1, 7, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 9, 9)
-    found = augment(x, generator(), 4)
+    found = augment(x, generator(), 4, mirror=True)
     for i in range(6):
         assert set(found[i].unique().tolist()) <= {0, i + 1}
         assert (found[i] == i + 1).any()
@@ -61,16 +71,22 @@ def test_augment_flips_half_of_the_images():
     # The only mark is far from the middle, so that no shift brings it to the other side.
     x = torch.zeros(4000, 1, 1, 32)
     x[..., 8] = 1
-    left = augment(x, generator(), 4)[..., :16].flatten(1).any(1)
-    inside = augment(x, generator(), 4).flatten(1).any(1)  # the row itself may be shifted out
+    left = augment(x, generator(), 4, mirror=True)[..., :16].flatten(1).any(1)
+    inside = (
+        augment(x, generator(), 4, mirror=True).flatten(1).any(1)
+    )  # the row itself may be shifted out
     assert (left.sum() / inside.sum()).item() == pytest.approx(0.5, abs=0.07)
 
 
 def test_augment_depends_on_the_generator_and_leaves_its_input():
     x = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=generator())
     before = x.clone()
-    assert torch.equal(augment(x, generator(5), 4), augment(x, generator(5), 4))
-    assert not torch.equal(augment(x, generator(5), 4), augment(x, generator(6), 4))
+    assert torch.equal(
+        augment(x, generator(5), 4, mirror=True), augment(x, generator(5), 4, mirror=True)
+    )
+    assert not torch.equal(
+        augment(x, generator(5), 4, mirror=True), augment(x, generator(6), 4, mirror=True)
+    )
     assert torch.equal(x, before)
 
 

@@ -100,6 +100,12 @@ def test_a_configuration_that_a_method_would_ignore_is_refused(changes, message)
         ),
         (
             "advibp",
+            {"augment": True},
+            {"mirror": True},
+            "mirror: expected false without augment, found true",
+        ),
+        (
+            "advibp",
             {"stages": 1},
             {"stage_epochs": 30},
             "stage_epochs: expected 10 without stages, found 30",

@@ -348,6 +348,11 @@ def test_larger_dm_networks_take_over_the_short_schedule_of_dm_small(method, siz
     assert dataclasses.replace(larger, model="dm-small") == small
 
 
+def test_images_of_digits_are_never_mirrored():
+    for name, config in every():
+        assert config.mirror == name.startswith("cifar10"), name
+
+
 def test_digits_leaves_whole_batches_to_train_on():
     config = recipes.load("digits")
     assert len(load("digits").x_train) - config.held_out >= config.batch_size
