@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
-from robust_app.errors import UserError, shown, unknown
+from robust_app.errors import SettingError, UserError, shown, unknown
 from robust_app.precision import PRECISIONS
 
 
@@ -193,14 +193,15 @@ class Config:
         for name, rule in _RULES.items():
             value = getattr(self, name)
             if not rule.admits(value):
-                raise UserError(f"{name}: expected {rule.expectation}, found {shown(value)}")
+                raise SettingError(name, f"expected {rule.expectation}, found {shown(value)}")
             object.__setattr__(self, name, rule.convert(value))
         main = max(self.ramp_epochs, self.certified_epochs)
         needed = self.natural_epochs + self.adversarial_epochs + main
         if needed > self.epochs * (1 + 1e-9):
-            raise UserError(
-                f"epochs: expected at least the {needed:g} of warm-up and main phases, "
-                f"found {self.epochs} (train --epochs shortens the whole schedule)"
+            raise SettingError(
+                "epochs",
+                f"expected at least the {needed:g} of warm-up and main phases, "
+                f"found {self.epochs} (train --epochs shortens the whole schedule)",
             )
 
     @property

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from robust_app import pictures
-from robust_app.metrics import SHOWN, Metrics, values
+from robust_app.metrics import SHOWN, Metrics, epochs_taken_over, values
 
 ACROSS = 3  # panels in a row
 FAR_APART = 5  # a factor between numbers that asks for a logarithmic scale
@@ -41,15 +41,22 @@ def figure(runs: Mapping[str, Metrics]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.3)
     page.supxlabel("epoch", fontsize="medium")
-    columns = 44 * min(len(panels), ACROSS) // (9 + max(map(len, runs)))  # by their characters
+    names = [_named(name, run) for name, run in runs.items()]
+    columns = 44 * min(len(panels), ACROSS) // (9 + max(map(len, names)))  # by their characters
     page.legend(
         handles,
-        list(runs),
+        names,
         loc="outside upper center",
         ncols=max(1, min(len(runs), columns)),
         fontsize="small",
     )
     return page
+
+
+def _named(name: str, run: Metrics) -> str:
+    """A run in the legend: of a fork from where on the line is its own."""
+    before = epochs_taken_over(run)
+    return f"{name} (from epoch {before + 1})" if before else name
 
 
 def _plot(axes: Axes, line: Line, last: int, place: int) -> Line2D:

@@ -20,6 +20,21 @@ class UserError(Exception):
         return _printable(super().__str__())
 
 
+class SettingError(UserError):
+    """A setting of a run that does not fit; the message is its name and what is wrong.
+
+    Attributes:
+        setting: its name.
+
+    >>> print(SettingError("epochs", "expected at least 1, found 0"))
+    epochs: expected at least 1, found 0
+    """
+
+    def __init__(self, setting: str, fault: str) -> None:
+        super().__init__(f"{setting}: {fault}")
+        self.setting = setting
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is in no table; it says which are, or of many the nearest one.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from robust_app import checkpoint, method_settings, methods, overrides, session, training_state
 from robust_app.config import Config
-from robust_app.errors import UserError, one_line
+from robust_app.errors import SettingError, UserError, one_line
 from robust_app.run_directory import RunDirectory
 
 FIXED = {
@@ -120,8 +120,8 @@ def _check(stored: Config, config: Config, done: int) -> None:
             raise UserError(f"{name}: a fork keeps its parent's, {was!r}: {why}; found {now!r}")
     try:
         method_settings.check(config)
-    except UserError as error:
-        if str(error).partition(":")[0] in FIXED:
+    except SettingError as error:
+        if error.setting in FIXED:
             raise UserError(f"{error}, which a fork cannot change") from None
         raise
     method_settings.check_changes(stored, config)

@@ -5,7 +5,7 @@ import math
 
 from robust_app import methods
 from robust_app.config import Config
-from robust_app.errors import UserError
+from robust_app.errors import SettingError, UserError
 from robust_app.methods import Method
 
 
@@ -13,8 +13,9 @@ def check(config: Config) -> None:
     """See that a run's method fits the rest of its configuration.
 
     Raises:
-        UserError: if there is no such method, or a setting is another than the default where the
-            method, or a network without BatchNorm, ignores it.
+        UserError: if there is no such method.
+        SettingError: a setting is another than the default where the method, or a network without
+            BatchNorm, ignores it.
     """
     method = methods.find(config.method)
     neutral = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -23,20 +24,20 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value != neutral[name]:
             expected = f"{_said(neutral[name])} for {config.method}"
-            raise UserError(f"{name}: expected {expected}, found {_said(value)}")
+            raise SettingError(name, f"expected {expected}, found {_said(value)}")
     if not config.batch_norm and config.first_batch_norm_frozen_from != math.inf:
         found = _said(config.first_batch_norm_frozen_from)
-        raise UserError(
-            f"first_batch_norm_frozen_from: expected inf without batch_norm, found {found}"
+        raise SettingError(
+            "first_batch_norm_frozen_from", f"expected inf without batch_norm, found {found}"
         )
     if config.authors_weights and config.preference != (1.0, 1.0):
         found = _said(config.preference)
-        raise UserError(f"preference: expected [1, 1] for authors_weights, found {found}")
+        raise SettingError("preference", f"expected [1, 1] for authors_weights, found {found}")
     if config.method == "latent-adversarial" and config.stages == 0:
-        raise UserError("stages: expected at least 1 for latent-adversarial, found 0")
+        raise SettingError("stages", "expected at least 1 for latent-adversarial, found 0")
     if config.method == "diffai" and len(set(config.natural_weight)) > 1:
         found = _said(config.natural_weight)
-        raise UserError(f"natural_weight: expected twice the same for diffai, found {found}")
+        raise SettingError("natural_weight", f"expected twice the same for diffai, found {found}")
 
 
 def check_changes(config: Config, changed: Config) -> None:
@@ -46,8 +47,10 @@ def check_changes(config: Config, changed: Config) -> None:
     not. FOSC's are not among them: a schedule has them for AdvIBP and for what is compared with it.
 
     Raises:
-        UserError: a setting differs that the changed configuration leaves unread, or that comes
-            after its end; or another method was chosen, which the rest does not fit.
+        UserError: another method was chosen, and there is none of that name, or the rest is of a
+            recipe that it does not fit.
+        SettingError: a setting differs that the changed configuration leaves unread, or that comes
+            after its end.
     """
     method = methods.find(changed.method)
     if changed.method != config.method:
@@ -63,14 +66,15 @@ def check_changes(config: Config, changed: Config) -> None:
     for name, (so, where) in unread.items():
         was, now = getattr(config, name), getattr(changed, name)
         if so and now != was:
-            raise UserError(f"{name}: expected {_said(was)} {where}, found {_said(now)}")
+            raise SettingError(name, f"expected {_said(was)} {where}, found {_said(now)}")
     earlier = _times(config)
     for name, (epochs, end) in _times(changed).items():
         late = [epoch for epoch in epochs if end <= epoch < math.inf]
         if late and earlier[name] != (epochs, end):
-            raise UserError(
-                f"{name}: expected less than the {end} epochs, found {_said(late[0])} "
-                "(train --epochs shortens the whole schedule)"
+            raise SettingError(
+                name,
+                f"expected less than the {end} epochs, found {_said(late[0])} "
+                "(train --epochs shortens the whole schedule)",
             )
 
 
@@ -78,9 +82,8 @@ def _check_method(config: Config, changed: Config) -> None:
     """See that a method chosen in place of a recipe's fits what the user left of the recipe."""
     try:
         check(changed)
-    except UserError as error:
-        name = str(error).partition(":")[0]
-        if getattr(changed, name) != getattr(config, name):
+    except SettingError as error:
+        if getattr(changed, error.setting) != getattr(config, error.setting):
             raise
         raise UserError(
             f"{error} (the recipe is one for {config.method}; take one for {changed.method}, "

@@ -48,3 +48,12 @@ def values(metrics: Metrics, key: str) -> dict[int, float]:
     {1: 0.5}
     """
     return {line["epoch"]: line[key] for line in metrics if line.get(key) is not None}
+
+
+def epochs_taken_over(metrics: Metrics) -> int:
+    """How many epochs a fork has of the run that it goes on from.
+
+    >>> epochs_taken_over([{"epoch": 1, "taken_over": True}, {"epoch": 2}])
+    1
+    """
+    return sum(line.get("taken_over", False) for line in metrics)

@@ -16,6 +16,7 @@ from robust_app.distributed import World
 from robust_app.epochs import held_out_errors
 from robust_app.errors import UserError, shown
 from robust_app.examination import Examination
+from robust_app.metrics import epochs_taken_over
 from robust_app.run_directory import RunDirectory
 
 FIGURES = ("standard_error", "pgd_error", "verified_error", "certified", "falsified", "undecided")
@@ -84,7 +85,7 @@ def check_files(directory: RunDirectory, networks: Networks) -> None:
         raise UserError(
             f"{directory.metrics_file}: {done} epochs are done, found the metrics of {len(metrics)}"
         )
-    taken_over = sum(line.get("taken_over", False) for line in metrics)
+    taken_over = epochs_taken_over(metrics)
     before = [run["epochs"] for run in directory.origin()][-1:] or [0]
     if [taken_over] != before:
         raise UserError(

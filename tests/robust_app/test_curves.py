@@ -78,6 +78,14 @@ def test_the_legend_names_the_runs_in_their_order():
     assert colors == [line.get_color() for line in lines_of(page.axes[0])]
 
 
+def test_the_legend_says_where_a_fork_begins():
+    parent = run(epsilon=lambda _: 0.1)
+    fork = [{**line, "taken_over": True} for line in parent] + run(len(parent) + 1)[-1:]
+    [legend] = curves.figure({"parent": parent, "fork": fork}).legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["parent", f"fork (from epoch {len(parent) + 1})"]
+
+
 def test_no_two_runs_look_alike():
     count = len(COLORS) * len(DASHES)
     found = panels({str(place): run(epsilon=lambda _: 0.1) for place in range(count)})

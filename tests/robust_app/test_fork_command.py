@@ -197,6 +197,19 @@ def test_a_parent_in_its_stages_keeps_them(robust_app, train):
     assert [epoch["stage"] for epoch in train("fork").metrics()] == [0, 0, 0, 1, 1]
 
 
+def test_a_run_that_is_done_is_followed_by_stages(robust_app, train):
+    fewer = ("--set", "pgd_steps=1")
+    train("parent", short_config(), *fewer)
+    stages = STAGES | {"stage_milestones": "[1]"}
+    changes = (f"--set={name}={value}" for name, value in stages.items())
+    status, _, err = robust_app("fork", "parent", "--run-dir", "fork", *changes)
+    assert status == 0, err
+    fork = train("fork", None, "--tensorboard")
+    assert [line["stage"] for line in fork.metrics()] == [0, 0, 0, 1, 1]
+    whole = short_config(**STAGES, stage_milestones=(1.0,))
+    assert_same(fork, train("whole", whole, *fewer))
+
+
 def test_nothing_is_overwritten(robust_app, parent):
     before = contents("parent")
     assert_refused(robust_app("fork", "parent", "--run-dir", "parent"), "parent: not empty")
