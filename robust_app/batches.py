@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robust_app.errors import UserError
+from robust_app.errors import SettingError
 
 
 def as_float(x: Tensor) -> Tensor:
@@ -18,8 +18,8 @@ def as_float(x: Tensor) -> Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def augment(x: Tensor, generator: torch.Generator, padding: int, mirror: bool) -> Tensor:
-    """Shift each image by up to ``padding`` pixels and flip it left to right with probability ½.
+def augment(x: Tensor, generator: torch.Generator, padding: int, horizontal_flip: bool) -> Tensor:
+    """Shift each image at random by up to ``padding`` pixels, and flip it left to right or not.
 
     The shift is a crop at random from the image padded with zeros on every side.
 
@@ -27,7 +27,7 @@ def augment(x: Tensor, generator: torch.Generator, padding: int, mirror: bool) -
         x: images (n, C, H, W), of any dtype.
         padding: number of zeros on every side, at least 0.
         generator: on the device of ``x``.
-        mirror: False for no flips, as of digits, which they make into other signs.
+        horizontal_flip: flip, with probability ½; not for digits, which become other symbols.
 
     Returns:
         A new tensor of the shape and dtype of ``x``.
@@ -39,7 +39,7 @@ def augment(x: Tensor, generator: torch.Generator, padding: int, mirror: bool) -
 
     rows = draw(2 * padding + 1) + torch.arange(height, device=x.device)  # (n, H)
     columns = draw(2 * padding + 1) + torch.arange(width, device=x.device)  # (n, W)
-    if mirror:
+    if horizontal_flip:
         columns = torch.where(draw(2) == 1, columns.flip(1), columns)
     image = torch.arange(n, device=x.device)[:, None, None, None]
     channel = torch.arange(channels, device=x.device)[:, None, None]
@@ -56,14 +56,14 @@ def shuffled_batches(
     on the generator, which may be on another device, and not on ``device``.
 
     Raises:
-        UserError: ``batch_size`` is larger than ``count``.
+        SettingError: ``batch_size`` is larger than ``count``.
 
     >>> sum(len(batch) for batch in shuffled_batches(10, 4, torch.Generator(), "cpu"))
     8
     """
     if batch_size > count:
-        raise UserError(
-            f"batch_size: expected at most the {count} training examples, found {batch_size}"
+        raise SettingError(
+            "batch_size", f"expected at most the {count} training examples, found {batch_size}"
         )
     order = torch.randperm(count, generator=generator, device=generator.device).to(device)
     last = count - batch_size

@@ -132,9 +132,9 @@ class Config:
         stage_epochs: length of each.
         stage_learning_rate: with which each begins; ``stage_milestones`` count from there.
         gradient_clip: largest norm of a step's gradient; inf leaves it as it is.
-        augment: random crops of the training images, and flips where ``mirror``.
+        augment: random crops of the training images, and flips with ``horizontal_flip``.
         crop_padding: zeros around an image that is cropped at random.
-        mirror: flip half of them left to right; of digits that makes other signs.
+        horizontal_flip: flip with probability ½; not for digits, which become other symbols.
         precision: of the products in training, ``float32``, ``tf32`` (on a GPU) or ``bf16``; all
             else, and whatever measures or certifies, is float32.
         held_out: number of training images set aside to choose the best epoch by.
@@ -142,7 +142,7 @@ class Config:
         seed: of initialisation, order of the examples, augmentation and attacks.
 
     Raises:
-        UserError: a value is of the wrong type or out of its range.
+        SettingError: a value is of the wrong type or out of its range.
     """
 
     dataset: Annotated[str, TEXT]
@@ -182,7 +182,7 @@ class Config:
     gradient_clip: Annotated[float, LIMIT]
     augment: Annotated[bool, SWITCH]
     crop_padding: Annotated[int, INTEGER] = 4
-    mirror: Annotated[bool, SWITCH] = True
+    horizontal_flip: Annotated[bool, SWITCH] = True
     precision: Annotated[str, PRECISION] = "float32"
     held_out: Annotated[int, INTEGER]
     pgd_steps: Annotated[int, ATTEMPTS]
@@ -236,6 +236,21 @@ class Config:
 _RULES: dict[str, Rule] = {
     name: hint.__metadata__[0] for name, hint in get_type_hints(Config, include_extras=True).items()
 }
+
+
+def said(value: object) -> str:
+    """What a setting holds, as a user writes it after ``--set``.
+
+    >>> said(True), said((1.0, 0.5)), said(3.0), said("advibp")
+    ('true', '[1, 0.5]', '3', 'advibp')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(said, value))}]"
+    if isinstance(value, str):
+        return value
+    return repr(value).removesuffix(".0")
 
 
 def _to_toml(value: object) -> str:

@@ -54,9 +54,9 @@ def figure(runs: Mapping[str, Metrics]) -> Figure:
 
 
 def _named(name: str, run: Metrics) -> str:
-    """A run in the legend: of a fork from where on the line is its own."""
+    """The legend's name of a run; a fork's says where its own epochs begin, if it has any."""
     before = epochs_taken_over(run)
-    return f"{name} (from epoch {before + 1})" if before else name
+    return f"{name} (from epoch {before + 1})" if 0 < before < len(run) else name
 
 
 def _plot(axes: Axes, line: Line, last: int, place: int) -> Line2D:

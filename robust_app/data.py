@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robust_app.data_files import KEYS, SOURCES, Arrays, read_npz, read_torchvision
-from robust_app.errors import UserError, one_line, shown, unknown
+from robust_app.errors import SettingError, UserError, one_line, shown, unknown
 
 CLASSES = 1000
 """The most that a data set may have: bounds take memory by their square."""
@@ -221,15 +221,15 @@ def split(dataset: Dataset, held_out: int, seed: int) -> tuple[Tensor, Tensor, T
         ``(train_x, train_y, valid_x, valid_y)``; the last two are empty where nothing is held out.
 
     Raises:
-        UserError: ``held_out`` is negative or leaves no example to train on.
+        SettingError: ``held_out`` is negative or leaves no example to train on.
 
     >>> [len(part) for part in split(load("digits"), held_out=144, seed=0)]
     [1293, 1293, 144, 144]
     """
     count = len(dataset.x_train)
     if not 0 <= held_out < count:
-        raise UserError(
-            f"held_out: expected 0 to {count - 1} of {count} training examples, found {held_out}"
+        raise SettingError(
+            "held_out", f"expected 0 to {count - 1} of {count} training examples, found {held_out}"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     x, y = dataset.x_train, dataset.y_train

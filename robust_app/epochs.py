@@ -36,7 +36,8 @@ def training_batches(
     for indices in batches.shuffled_batches(len(x), config.batch_size, generator, world.device):
         images = batches.as_float(x[indices])
         if config.augment:
-            images = batches.augment(images, generator, config.crop_padding, config.mirror)
+            how = (config.crop_padding, config.horizontal_flip)
+            images = batches.augment(images, generator, *how)
         shape = () if config.one_start_per_batch else (len(images), *start_shape)
         start = uniform_start(torch.empty(shape, device=world.device), generator)
         start = start.expand(len(images), *start_shape)

@@ -31,8 +31,11 @@ class SettingError(UserError):
     """
 
     def __init__(self, setting: str, fault: str) -> None:
-        super().__init__(f"{setting}: {fault}")
+        super().__init__(setting, fault)
         self.setting = setting
+
+    def __str__(self) -> str:
+        return _printable(": ".join(self.args))
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

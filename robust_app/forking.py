@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from robust_app import checkpoint, method_settings, methods, overrides, session, training_state
-from robust_app.config import Config
+from robust_app.config import Config, said
 from robust_app.errors import SettingError, UserError, one_line
 from robust_app.run_directory import RunDirectory
 
@@ -117,7 +117,8 @@ def _check(stored: Config, config: Config, done: int) -> None:
     for name, why in (FIXED | (BEGUN if done > stored.epochs else {})).items():
         was, now = getattr(stored, name), getattr(config, name)
         if was != now:
-            raise UserError(f"{name}: a fork keeps its parent's, {was!r}: {why}; found {now!r}")
+            fault = f"a fork keeps its parent's, {said(was)}: {why}; found {said(now)}"
+            raise SettingError(name, fault)
     try:
         method_settings.check(config)
     except SettingError as error:
@@ -128,13 +129,15 @@ def _check(stored: Config, config: Config, done: int) -> None:
     was, now = (", ".join(methods.verifiers_of(each)) for each in (stored, config))
     if was != now:
         name = "crown_share" if stored.method == config.method else "method"
-        raise UserError(
-            f"{name}: a fork keeps what verifies the held-out images, {was}: their errors so far "
-            f"are by it; found {now}"
+        raise SettingError(
+            name,
+            f"a fork keeps what verifies the held-out images, {was}: their errors so far "
+            f"are by it; found {now}",
         )
     if config.epochs < done <= stored.epochs or config.total_epochs <= done:
         found = config.epochs if done <= stored.epochs else config.total_epochs
-        raise UserError(
-            f"epochs: expected more than the {done} that are done, found {found} (a fork begins "
-            "after a run's last epoch: give it more epochs, or fork a run that is paused before)"
+        raise SettingError(
+            "epochs",
+            f"expected more than the {done} that are done, found {found} (a fork begins "
+            "after a run's last epoch: give it more epochs, or fork a run that is paused before)",
         )

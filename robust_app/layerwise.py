@@ -3,7 +3,7 @@
 from torch import nn
 
 from robust_app.bounds import flattened
-from robust_app.errors import UserError
+from robust_app.errors import SettingError
 
 
 def trainable_layers(network: nn.Module) -> list[int]:
@@ -24,7 +24,7 @@ def split(network: nn.Module, stage: int) -> tuple[nn.Sequential, nn.Sequential]
             first part empty.
 
     Raises:
-        UserError: the stage leaves no layer to train.
+        SettingError: the stage leaves no layer to train.
 
     >>> before, after = split(nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 3)), stage=1)
     >>> len(before), len(after)
@@ -32,9 +32,10 @@ def split(network: nn.Module, stage: int) -> tuple[nn.Sequential, nn.Sequential]
     """
     layers, positions = flattened(network), trainable_layers(network)
     if not 0 <= stage < len(positions):
-        raise UserError(
-            f"stages: expected at most {len(positions) - 1}, which leaves one of the network's "
-            f"{len(positions)} layers to train, found {stage}"
+        raise SettingError(
+            "stages",
+            f"expected at most {len(positions) - 1}, which leaves one of the network's "
+            f"{len(positions)} layers to train, found {stage}",
         )
     cut = positions[stage] if stage else 0
     return nn.Sequential(*layers[:cut]), nn.Sequential(*layers[cut:])

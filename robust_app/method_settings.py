@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from robust_app import methods
-from robust_app.config import Config
+from robust_app.config import Config, said
 from robust_app.errors import SettingError, UserError
 from robust_app.methods import Method
 
@@ -23,20 +23,20 @@ def check(config: Config) -> None:
     for name in _ignored(method):
         value = getattr(config, name)
         if value != neutral[name]:
-            expected = f"{_said(neutral[name])} for {config.method}"
-            raise SettingError(name, f"expected {expected}, found {_said(value)}")
+            expected = f"{said(neutral[name])} for {config.method}"
+            raise SettingError(name, f"expected {expected}, found {said(value)}")
     if not config.batch_norm and config.first_batch_norm_frozen_from != math.inf:
-        found = _said(config.first_batch_norm_frozen_from)
+        found = said(config.first_batch_norm_frozen_from)
         raise SettingError(
             "first_batch_norm_frozen_from", f"expected inf without batch_norm, found {found}"
         )
     if config.authors_weights and config.preference != (1.0, 1.0):
-        found = _said(config.preference)
+        found = said(config.preference)
         raise SettingError("preference", f"expected [1, 1] for authors_weights, found {found}")
     if config.method == "latent-adversarial" and config.stages == 0:
         raise SettingError("stages", "expected at least 1 for latent-adversarial, found 0")
     if config.method == "diffai" and len(set(config.natural_weight)) > 1:
-        found = _said(config.natural_weight)
+        found = said(config.natural_weight)
         raise SettingError("natural_weight", f"expected twice the same for diffai, found {found}")
 
 
@@ -47,8 +47,7 @@ def check_changes(config: Config, changed: Config) -> None:
     not. FOSC's are not among them: a schedule has them for AdvIBP and for what is compared with it.
 
     Raises:
-        UserError: another method was chosen, and there is none of that name, or the rest is of a
-            recipe that it does not fit.
+        UserError: the method is unknown, or does not fit the rest of the recipe.
         SettingError: a setting differs that the changed configuration leaves unread, or that comes
             after its end.
     """
@@ -60,20 +59,20 @@ def check_changes(config: Config, changed: Config) -> None:
         "crown_share": (not method.crown, f"for {changed.method}"),
         "natural_weight": (method.losses != ("mixed",), f"for {changed.method}"),
         "crop_padding": (not changed.augment, "without augment"),
-        "mirror": (not changed.augment, "without augment"),
+        "horizontal_flip": (not changed.augment, "without augment"),
         **dict.fromkeys(stages, (changed.stages == 0, "without stages")),
     }
     for name, (so, where) in unread.items():
         was, now = getattr(config, name), getattr(changed, name)
         if so and now != was:
-            raise SettingError(name, f"expected {_said(was)} {where}, found {_said(now)}")
+            raise SettingError(name, f"expected {said(was)} {where}, found {said(now)}")
     earlier = _times(config)
     for name, (epochs, end) in _times(changed).items():
         late = [epoch for epoch in epochs if end <= epoch < math.inf]
         if late and earlier[name] != (epochs, end):
             raise SettingError(
                 name,
-                f"expected less than the {end} epochs, found {_said(late[0])} "
+                f"expected less than the {end} epochs, found {said(late[0])} "
                 "(train --epochs shortens the whole schedule)",
             )
 
@@ -116,16 +115,3 @@ def _ignored(method: Method) -> list[str]:
         "one_start_per_batch": not adversarial or method.attack is methods.fgsm,
     }
     return [name for name, so in ignored.items() if so]
-
-
-def _said(value: object) -> str:
-    """As a user writes it.
-
-    >>> _said(True), _said((1.0, 0.5)), _said(3.0)
-    ('true', '[1, 0.5]', '3')
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_said, value))}]"
-    return f"{value:g}"

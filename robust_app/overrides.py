@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from robust_app import documents
-from robust_app.config import Config
+from robust_app.config import Config, said
 from robust_app.errors import UserError
 
 
@@ -68,7 +68,9 @@ def differences(old: Config, new: Config) -> str:
         (field.name, getattr(old, field.name), getattr(new, field.name))
         for field in dataclasses.fields(Config)
     ]
-    return "; ".join(f"{name}: {was!r}, not {now!r}" for name, was, now in pairs if was != now)
+    return "; ".join(
+        f"{name}: {said(was)}, not {said(now)}" for name, was, now in pairs if was != now
+    )
 
 
 def with_epochs(config: Config, epochs: int) -> Config:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_app.errors import UserError
+from robust_app.errors import SettingError
 
 PRECISIONS = ("float32", "tf32", "bf16")
 
@@ -21,10 +21,10 @@ def check(precision: str, device: torch.device) -> None:
     """See that a device has a format.
 
     Raises:
-        UserError: for ``tf32`` without a GPU.
+        SettingError: for ``tf32`` without a GPU.
     """
     if precision == "tf32" and device.type != "cuda":
-        raise UserError(f"precision: tf32 needs a GPU, found {device.type}")
+        raise SettingError("precision", f"tf32 needs a GPU, found {device.type}")
 
 
 @contextmanager

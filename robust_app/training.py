@@ -25,7 +25,7 @@ from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.divergence import Diverged, FirstFault, all_finite, described
 from robust_app.epochs import held_out_errors, training_batches
-from robust_app.errors import UserError
+from robust_app.errors import SettingError
 from robust_app.evaluation import CHUNK
 from robust_app.execution import Eager, Report, Values
 from robust_app.folding import fold
@@ -67,17 +67,18 @@ class Trainer:
         precision.check(config.precision, world.device)
         execution.check(world)
         if config.batch_size % world.size:
-            raise UserError(
-                f"batch_size: expected a multiple of the {world.size} processes, "
-                f"found {config.batch_size}"
+            raise SettingError(
+                "batch_size",
+                f"expected a multiple of the {world.size} processes, found {config.batch_size}",
             )
         if config.batch_norm and config.batch_size < 2:
-            raise UserError("batch_size: expected at least 2 with batch_norm, found 1")
+            raise SettingError("batch_size", "expected at least 2 with batch_norm, found 1")
         largest = max(dataset.image_shape[1:])
         if config.augment and config.crop_padding > largest:  # more would leave nothing to see
-            raise UserError(
-                f"crop_padding: expected at most {largest} for images of {largest} pixels, "
-                f"found {config.crop_padding}"
+            raise SettingError(
+                "crop_padding",
+                f"expected at most {largest} for images of {largest} pixels, "
+                f"found {config.crop_padding}",
             )
         self.config, self.world, self.execution = config, world, execution
         self.dataset = dataset
@@ -87,9 +88,9 @@ class Trainer:
             part.to(world.device) for part in parts
         )
         if len(self.x) < config.batch_size:
-            raise UserError(
-                f"batch_size: expected at most the {len(self.x)} training images, "
-                f"found {config.batch_size}"
+            raise SettingError(
+                "batch_size",
+                f"expected at most the {len(self.x)} training images, found {config.batch_size}",
             )
         self._initialize()
         split(self.network, config.stages)  # refuses a stage beyond the last layer now

@@ -71,16 +71,14 @@ def load(name_or_path: str | Path) -> Config:
     True
     """
     name = str(name_or_path)
+    if name in _composed():
+        family, choice = _composed()[name]
+        return family.recipe(choice)
+    values = _read(name)
+    values.pop("description", None)
     try:
-        if name in _composed():
-            family, choice = _composed()[name]
-            return family.recipe(choice)
-        values = _read(name)
-        values.pop("description", None)
         return Config.from_mapping(values)
     except UserError as error:
-        if str(error).startswith(("recipe ", "unknown recipe")):
-            raise
         raise UserError(f"recipe {name}: {error}") from None
 
 

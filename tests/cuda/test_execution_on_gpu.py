@@ -19,7 +19,14 @@ from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
 from robust_app.session import run
 from robust_app.training import Trainer
-from tests.robust_app.runs import SHI, changing_runs, few_digits, full_strength, parameters_of
+from tests.robust_app.runs import (
+    AUGMENTED,
+    SHI,
+    changing_runs,
+    few_digits,
+    full_strength,
+    parameters_of,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,7 +63,7 @@ class Waiting(Silent):
     "changes",
     [
         {"method": "advibp"},
-        {"method": "advibp", "augment": True, **SHI},
+        {"method": "advibp", **AUGMENTED, **SHI},
         {"method": "advcrown-ibp", "crown_share": (0.5, 0.5)},
         {"method": "crown-ibp", "crown_share": (0.5, 0.5), "precision": "bf16"},
         {"method": "pgd", "precision": "tf32", "gradient_clip": math.inf},

@@ -100,6 +100,9 @@ A_MOMENT = Setting(
 )
 
 
+AUGMENTED = {"augment": True, "horizontal_flip": True}
+
+
 def changing_runs(**changes: object) -> dict[str, Config]:
     """Three epochs in which phases, ε, shares and weights change: each method and other kinds."""
     ramp = {"epochs": 3, "natural_epochs": 0.5, "ramp_epochs": 1.5, "batch_size": 16}
@@ -109,7 +112,7 @@ def changing_runs(**changes: object) -> dict[str, Config]:
     kinds["by fan-in"] = {"method": "advibp", "reference_fan_in": 30.0, **SHI}
     kinds["a frozen norm"] = {"method": "advibp", "first_batch_norm_frozen_from": 1.5, **SHI}
     kinds["authors"] = {"method": "advibp", "authors_weights": True, "certified_epochs": 1.5}
-    kinds["one start"] = {"method": "pgd", "one_start_per_batch": True, "augment": True}
+    kinds["one start"] = {"method": "pgd", "one_start_per_batch": True, **AUGMENTED}
     return {
         name: dataclasses.replace(full_strength(**(ramp | kind | changes)), held_out=48)
         for name, kind in kinds.items()

@@ -81,9 +81,9 @@ def test_the_legend_names_the_runs_in_their_order():
 def test_the_legend_says_where_a_fork_begins():
     parent = run(epsilon=lambda _: 0.1)
     fork = [{**line, "taken_over": True} for line in parent] + run(len(parent) + 1)[-1:]
-    [legend] = curves.figure({"parent": parent, "fork": fork}).legends
+    [legend] = curves.figure({"parent": parent, "fork": fork, "begun": fork[:-1]}).legends
     names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["parent", f"fork (from epoch {len(parent) + 1})"]
+    assert names == ["parent", f"fork (from epoch {len(parent) + 1})", "begun"]
 
 
 def test_no_two_runs_look_alike():

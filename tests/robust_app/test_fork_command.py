@@ -92,8 +92,8 @@ def test_a_fork_ends_as_the_run_that_had_its_settings_all_along(robust_app, trai
     assert contents("parent") == before
     assert out.splitlines() == [
         "run directory: fork",
-        "forked after epoch 2 of parent (method: 'weighted-sum', not 'advibp'; "
-        "preference: (4.0, 1.0), not (1.0, 1.0))",
+        "forked after epoch 2 of parent (method: weighted-sum, not advibp; "
+        "preference: [4, 1], not [1, 1])",
         "epoch 3 begins with ε 0.0300 and a learning rate of 0.001",
         "continue with: robust-app train --run-dir fork --resume",
     ]
@@ -161,9 +161,9 @@ def test_the_best_network_is_one_of_its_own(robust_app, train, parent):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("dataset=mnist", ["dataset: a fork keeps its parent's, 'digits'", "found 'mnist'"]),
+        ("dataset=mnist", ["dataset: a fork keeps its parent's, digits", "found mnist"]),
         ("model=dm-small", ["model: a fork keeps its parent's", "the checkpoint is of it"]),
-        ("batch_norm=true", ["batch_norm: a fork keeps its parent's, False"]),
+        ("batch_norm=true", ["batch_norm: a fork keeps its parent's, false"]),
         ("ibp_initialization=true", ["ibp_initialization: a fork", "is trained already"]),
         ("seed=1", ["seed: a fork keeps its parent's, 0: it draws the held-out images", "found 1"]),
         ("held_out=100", ["held_out: a fork keeps its parent's, 141"]),
@@ -204,7 +204,7 @@ def test_a_run_that_is_done_is_followed_by_stages(robust_app, train):
     changes = (f"--set={name}={value}" for name, value in stages.items())
     status, _, err = robust_app("fork", "parent", "--run-dir", "fork", *changes)
     assert status == 0, err
-    fork = train("fork", None, "--tensorboard")
+    fork = train("fork")
     assert [line["stage"] for line in fork.metrics()] == [0, 0, 0, 1, 1]
     whole = short_config(**STAGES, stage_milestones=(1.0,))
     assert_same(fork, train("whole", whole, *fewer))

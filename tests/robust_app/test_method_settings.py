@@ -1,11 +1,12 @@
 """What does not fit a method is refused, and what fits is taken."""
 
 import dataclasses
+import pickle
 
 import pytest
 
 from robust_app import recipes
-from robust_app.errors import UserError
+from robust_app.errors import SettingError, UserError
 from robust_app.method_settings import check, check_changes
 from robust_app.methods import METHODS
 from tests.robust_app.runs import NEEDED, full_strength
@@ -101,8 +102,8 @@ def test_a_configuration_that_a_method_would_ignore_is_refused(changes, message)
         (
             "advibp",
             {"augment": True},
-            {"mirror": True},
-            "mirror: expected false without augment, found true",
+            {"horizontal_flip": True},
+            "horizontal_flip: expected false without augment, found true",
         ),
         (
             "advibp",
@@ -125,6 +126,11 @@ def test_a_change_of_what_a_run_does_not_read_is_refused(method, read, changes, 
     assert str(error.value) == message
     check_changes(config, dataclasses.replace(config, **read, **changes))
     check_changes(dataclasses.replace(config, **changes), dataclasses.replace(config, **changes))
+
+
+def test_a_refusal_of_a_setting_is_the_same_in_another_process():
+    error = pickle.loads(pickle.dumps(SettingError("epochs", "expected 2, found 1")))
+    assert (str(error), error.setting) == ("epochs: expected 2, found 1", "epochs")
 
 
 @pytest.mark.parametrize(

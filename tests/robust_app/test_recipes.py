@@ -324,7 +324,7 @@ def test_the_short_schedule_of_cifar10_ends_with_both_losses_too(model, radius):
         assert setting(config, 141.1).learning_rate == pytest.approx(0.04 * 1e-3)
 
 
-def test_what_is_tuned_for_dm_networks_is_in_no_other_recipe():
+def test_what_is_tuned_for_three_networks_is_in_no_other_recipe():
     for name, config in every():
         tuned = name.startswith(("mnist-", "cifar10-")) and name.endswith("-short")
         tuned = tuned and config.model in ("dm-small", "dm-medium", "dm-large")
@@ -335,7 +335,7 @@ def test_what_is_tuned_for_dm_networks_is_in_no_other_recipe():
 
 
 def test_the_short_schedule_of_other_networks_is_that_of_shi_et_al():
-    assert recipes.load("mnist-cnn-small-short").epochs == 70  # of the DM networks 120
+    assert recipes.load("mnist-cnn-small-short").epochs == 70  # theirs is of 120
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
@@ -348,9 +348,9 @@ def test_larger_dm_networks_take_over_the_short_schedule_of_dm_small(method, siz
     assert dataclasses.replace(larger, model="dm-small") == small
 
 
-def test_images_of_digits_are_never_mirrored():
+def test_images_of_digits_are_never_flipped():
     for name, config in every():
-        assert config.mirror == name.startswith("cifar10"), name
+        assert config.horizontal_flip == name.startswith("cifar10"), name
 
 
 def test_digits_leaves_whole_batches_to_train_on():

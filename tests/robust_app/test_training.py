@@ -135,9 +135,7 @@ def test_nothing_held_out_leaves_no_best_model(tmp_path):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     trained(short_config(), tmp_path, stops=(1,))
     other, file = short_config(model="dm-small"), tmp_path / "checkpoint.pt"
-    with pytest.raises(
-        UserError, match=r"made with another .*\(model: 'digits-cnn', not 'dm-small'"
-    ):
+    with pytest.raises(UserError, match=r"made with another .*\(model: digits-cnn, not dm-small"):
         trained(other, tmp_path, stops=(2,))
     checkpoint.save(checkpoint.load(file) | {"config": other.to_toml()}, file)
     with pytest.raises(UserError, match=r"checkpoint\.pt: does not fit this run \(.*size mismatch"):
