@@ -31,8 +31,8 @@ def train(robust_app):
         if config is not None:
             Path("recipe.toml").write_text(config.to_toml())
             made = ["--recipe", "recipe.toml"]
-        status, _, err = robust_app("train", *made, "--run-dir", name, *options)
-        assert status == 0, err
+        outcome = robust_app("train", *made, "--run-dir", name, *options)
+        assert outcome[0] == 0, outcome
         return RunDirectory(Path(name))
 
     return call
