@@ -6,6 +6,7 @@ Times are in epochs and may be fractional, ε is in pixels of [0, 1].
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -238,19 +239,13 @@ _RULES: dict[str, Rule] = {
 }
 
 
-def said(value: object) -> str:
+def as_set(value: object) -> str:
     """What a setting holds, as a user writes it after ``--set``.
 
-    >>> said(True), said((1.0, 0.5)), said(3.0), said("advibp")
+    >>> as_set(True), as_set((1.0, 0.5)), as_set(3.0), as_set("advibp")
     ('true', '[1, 0.5]', '3', 'advibp')
     """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(said, value))}]"
-    if isinstance(value, str):
-        return value
-    return repr(value).removesuffix(".0")
+    return value if isinstance(value, str) else re.sub(r"\.0\b", "", _to_toml(value))
 
 
 def _to_toml(value: object) -> str:

@@ -36,8 +36,9 @@ def training_batches(
     for indices in batches.shuffled_batches(len(x), config.batch_size, generator, world.device):
         images = batches.as_float(x[indices])
         if config.augment:
-            how = (config.crop_padding, config.horizontal_flip)
-            images = batches.augment(images, generator, *how)
+            images = batches.augment(
+                images, generator, config.crop_padding, horizontal_flip=config.horizontal_flip
+            )
         shape = () if config.one_start_per_batch else (len(images), *start_shape)
         start = uniform_start(torch.empty(shape, device=world.device), generator)
         start = start.expand(len(images), *start_shape)

@@ -17,7 +17,7 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        return _printable(super().__str__())
+        return _printable(": ".join(map(str, self.args)))
 
 
 class SettingError(UserError):
@@ -31,11 +31,8 @@ class SettingError(UserError):
     """
 
     def __init__(self, setting: str, fault: str) -> None:
-        super().__init__(setting, fault)
+        super().__init__(setting, fault)  # both, for what is pickled is made again of them
         self.setting = setting
-
-    def __str__(self) -> str:
-        return _printable(": ".join(self.args))
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from robust_app import checkpoint, method_settings, methods, overrides, session, training_state
-from robust_app.config import Config, said
+from robust_app.config import Config, as_set
 from robust_app.errors import SettingError, UserError, one_line
 from robust_app.run_directory import RunDirectory
 
@@ -117,7 +117,7 @@ def _check(stored: Config, config: Config, done: int) -> None:
     for name, why in (FIXED | (BEGUN if done > stored.epochs else {})).items():
         was, now = getattr(stored, name), getattr(config, name)
         if was != now:
-            fault = f"a fork keeps its parent's, {said(was)}: {why}; found {said(now)}"
+            fault = f"a fork keeps its parent's, {as_set(was)}: {why}; found {as_set(now)}"
             raise SettingError(name, fault)
     try:
         method_settings.check(config)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from robust_app import methods
-from robust_app.config import Config, said
+from robust_app.config import Config, as_set
 from robust_app.errors import SettingError, UserError
 from robust_app.methods import Method
 
@@ -23,20 +23,20 @@ def check(config: Config) -> None:
     for name in _ignored(method):
         value = getattr(config, name)
         if value != neutral[name]:
-            expected = f"{said(neutral[name])} for {config.method}"
-            raise SettingError(name, f"expected {expected}, found {said(value)}")
+            expected = f"{as_set(neutral[name])} for {config.method}"
+            raise SettingError(name, f"expected {expected}, found {as_set(value)}")
     if not config.batch_norm and config.first_batch_norm_frozen_from != math.inf:
-        found = said(config.first_batch_norm_frozen_from)
+        found = as_set(config.first_batch_norm_frozen_from)
         raise SettingError(
             "first_batch_norm_frozen_from", f"expected inf without batch_norm, found {found}"
         )
     if config.authors_weights and config.preference != (1.0, 1.0):
-        found = said(config.preference)
+        found = as_set(config.preference)
         raise SettingError("preference", f"expected [1, 1] for authors_weights, found {found}")
     if config.method == "latent-adversarial" and config.stages == 0:
         raise SettingError("stages", "expected at least 1 for latent-adversarial, found 0")
     if config.method == "diffai" and len(set(config.natural_weight)) > 1:
-        found = said(config.natural_weight)
+        found = as_set(config.natural_weight)
         raise SettingError("natural_weight", f"expected twice the same for diffai, found {found}")
 
 
@@ -65,14 +65,14 @@ def check_changes(config: Config, changed: Config) -> None:
     for name, (so, where) in unread.items():
         was, now = getattr(config, name), getattr(changed, name)
         if so and now != was:
-            raise SettingError(name, f"expected {said(was)} {where}, found {said(now)}")
+            raise SettingError(name, f"expected {as_set(was)} {where}, found {as_set(now)}")
     earlier = _times(config)
     for name, (epochs, end) in _times(changed).items():
         late = [epoch for epoch in epochs if end <= epoch < math.inf]
         if late and earlier[name] != (epochs, end):
             raise SettingError(
                 name,
-                f"expected less than the {end} epochs, found {said(late[0])} "
+                f"expected less than the {end} epochs, found {as_set(late[0])} "
                 "(train --epochs shortens the whole schedule)",
             )
 

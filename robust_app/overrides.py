@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from robust_app import documents
-from robust_app.config import Config, said
+from robust_app.config import Config, as_set
 from robust_app.errors import UserError
 
 
@@ -69,7 +69,7 @@ def differences(old: Config, new: Config) -> str:
         for field in dataclasses.fields(Config)
     ]
     return "; ".join(
-        f"{name}: {said(was)}, not {said(now)}" for name, was, now in pairs if was != now
+        f"{name}: {as_set(was)}, not {as_set(now)}" for name, was, now in pairs if was != now
     )
 
 
