@@ -13,6 +13,7 @@ from robust_app.data import Dataset
 from robust_app.divergence import Diverged
 from robust_app.errors import SHOWN, UserError, one_line
 from robust_app.examination import Examination, find_result
+from robust_app.metrics import epochs_taken_over
 from robust_app.networks import build_network
 from robust_app.overrides import differences
 from robust_app.run_directory import RunDirectory
@@ -52,7 +53,7 @@ def best_epoch(metrics: list[dict[str, Any]]) -> int | None:
     Test images play no part. None where nothing is held out, and before a fork has trained: the
     networks of the epochs that it took over are the other run's.
     """
-    own = [epoch for epoch in metrics if not epoch.get("taken_over")]
+    own = metrics[epochs_taken_over(metrics) :]
     measured = [epoch for epoch in own if epoch["verified_error"] is not None]
     if not measured:
         return None

@@ -335,7 +335,7 @@ def test_what_is_tuned_for_three_networks_is_in_no_other_recipe():
 
 
 def test_the_short_schedule_of_other_networks_is_that_of_shi_et_al():
-    assert recipes.load("mnist-cnn-small-short").epochs == 70  # theirs is of 120
+    assert recipes.load("mnist-cnn-small-short").epochs == 70  # DM-Small's is of 120
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
