@@ -18,6 +18,7 @@ from robust_app.fused import relu_box
 from robust_app.interval import Interval
 from robust_app.layer_rules import DROPOUTS, IN_TRAINING, Rules, is_plainly
 from robust_app.layers import ElementwiseAffine, Normalize, Residual
+from robust_app.precision import InFloat32, without_autocast
 
 
 @singledispatch
@@ -82,6 +83,12 @@ def _conv2d(layer: nn.Conv2d, interval: Interval) -> Interval:
     # pixels of their own: sound, and loose only where a kernel sees the pixel twice.
     radius = layer._conv_forward(interval.radius, layer.weight.abs(), None)
     return Interval(center, radius)
+
+
+@_RULES.of(InFloat32)
+def _in_float32(layer: InFloat32, interval: Interval) -> Interval:
+    with without_autocast(interval.center, interval.radius) as (center, radius):
+        return propagate(layer.layer, Interval(center, radius))
 
 
 @_RULES.of(Normalize)

@@ -2,14 +2,13 @@
 
 import copy
 from collections.abc import Callable
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from robust_app.batch_norm import BatchNorm, batch_norms
-from robust_app.layer_rules import is_plainly
+from robust_app.layer_rules import is_affine, is_plainly
+from robust_app.precision import InFloat32
 
 
 @torch.no_grad()
@@ -79,20 +78,22 @@ def _merged(
     """The layers; each BatchNorm that follows an affine layer made one with it."""
     layers: list[nn.Module] = []
     for layer in network:
-        if isinstance(layer, BatchNorm) and layers and _is_affine(layers[-1]):
+        if isinstance(layer, BatchNorm) and layers and _has_affine(layers[-1]):
             layers[-1] = _scaled(layers[-1], *statistics(layer))
         else:
             layers.append(layer)
     return layers
 
 
-def _is_affine(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
-    plain = is_plainly(layer, nn.Conv2d) or is_plainly(layer, nn.Linear)
-    return plain and not is_parametrized(layer)
+def _has_affine(layer: nn.Module) -> bool:
+    return is_affine(layer.layer if isinstance(layer, InFloat32) else layer)
 
 
-def _scaled(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> nn.Module:
+def _scaled(layer: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
     """``scale * layer(x) + shift`` per channel, as a layer with tensors in place of parameters."""
+    if isinstance(layer, InFloat32):
+        return InFloat32(_scaled(layer.layer, scale, shift))
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
     if layer.bias is not None:
         shift = shift + scale * layer.bias
     like = copy.copy(layer)

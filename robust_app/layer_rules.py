@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from robust_app.errors import UserError
 
@@ -37,6 +38,12 @@ def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
         and type(layer).__call__ is nn.Module.__call__
         and "forward" not in vars(layer)
     )
+
+
+def is_affine(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
+    """Whether ``layer`` is plainly a Conv2d or Linear one, of parameters of its own."""
+    plain = is_plainly(layer, nn.Conv2d) or is_plainly(layer, nn.Linear)
+    return plain and not is_parametrized(layer)
 
 
 @dataclass(frozen=True)

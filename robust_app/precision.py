@@ -1,6 +1,7 @@
 """What floating-point format the products of a training step are taken in.
 
-Parameters, moments, Adam, FOSC, cross entropies and all that measures or certifies are float32.
+Parameters, moments, Adam, FOSC, cross entropies and all that measures or certifies are float32, and
+with ``bf16`` the products of the first layer too.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_app.errors import SettingError
+from robust_app.layer_rules import is_affine, is_plainly
 
 PRECISIONS = ("float32", "tf32", "bf16")
 
@@ -61,15 +63,64 @@ def plain_float32() -> Iterator[None]:
 
 
 def of_losses(objective: Objective, precision: str, device: torch.device) -> Objective:
-    """With ``bf16`` the objective under autocast, else the objective itself."""
+    """With ``bf16`` the objective under autocast, the first layer not, else the objective itself.
+
+    A network that is certified in a large ball tells bright pixels from dark ones by a threshold
+    in its first layer. bf16 rounds that, and the ends of the boxes, by up to 0.4 %: the loss that
+    trains is then blind to pixels that cross the threshold, or sees some cross that do not, with
+    gradients hundreds of times as long as usual (docs/results/what-we-tried.md).
+    """
     if precision != "bf16":
         return objective
 
     def rounded(loss: Callable[[nn.Module], Tensor]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            return objective(loss)
+            return objective(lambda network: loss(first_in_float32(network)))
 
     return rounded
+
+
+class InFloat32(nn.Module):
+    """A layer that autocast leaves alone.
+
+    Args:
+        layer: any.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer makes of ``x``, in float32 at least."""
+        with without_autocast(x) as (x,):
+            output: Tensor = self.layer(x)
+        return output
+
+
+def first_in_float32(network: nn.Module) -> nn.Module:
+    """The network with its first Conv2d or Linear layer :class:`InFloat32`, of the same parameters.
+
+    Args:
+        network: layers in a row, or anything else, which is returned as it is, as are layers of
+            which only the last is a Conv2d or Linear one: the margins' rule takes it so anyway.
+
+    >>> first_in_float32(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)))
+    Sequential(
+      (0): InFloat32(
+        (layer): Linear(in_features=1, out_features=1, bias=True)
+      )
+      (1): ReLU()
+      (2): Linear(in_features=1, out_features=1, bias=True)
+    )
+    """
+    if not is_plainly(network, nn.Sequential):
+        return network
+    layers = list(network)
+    first = next((at for at, layer in enumerate(layers[:-1]) if is_affine(layer)), None)
+    if first is None:
+        return network
+    return nn.Sequential(*layers[:first], InFloat32(layers[first]), *layers[first + 1 :])
 
 
 @contextmanager

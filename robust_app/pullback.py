@@ -11,6 +11,7 @@ from robust_app import small_patches
 from robust_app.batch_norm import BatchNorm
 from robust_app.layer_rules import DROPOUTS, IN_TRAINING, Rules
 from robust_app.layers import ElementwiseAffine, Normalize
+from robust_app.precision import InFloat32
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ def _dropout(layer: nn.Module, bound: LinearBound, shape: torch.Size) -> LinearB
     if layer.training:
         raise _RULES.unsupported(layer, IN_TRAINING)
     return bound
+
+
+@_RULES.of(InFloat32)
+def _in_float32(layer: InFloat32, bound: LinearBound, shape: torch.Size) -> LinearBound:
+    return pull_back(layer.layer, bound, shape)
 
 
 @_RULES.of(Normalize)

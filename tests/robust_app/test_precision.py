@@ -1,17 +1,24 @@
 """What is computed in fewer digits, and what never is."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from robust_app import precision
+from robust_app.batch_norm import BatchNorm
 from robust_app.bounds import propagate
 from robust_app.distributed import join
 from robust_app.errors import UserError
 from robust_app.evaluation import evaluate, standard_and_certified
+from robust_app.folding import merged
 from robust_app.interval import Interval
+from robust_app.losses import Objective, certified_loss
 from robust_app.margins import margins_after
 from robust_app.networks import build_network
+from robust_app.precision import first_in_float32, of_losses
 from robust_app.pullback import pull_back
 from robust_app.reporting import Silent
 from robust_app.rounding import rounding_error
@@ -139,26 +146,67 @@ def test_held_out_errors_are_those_of_the_saved_network_in_float32(tmp_path):
     assert measured["verified_error"] == 100 * (len(x) - proved) / len(x)
 
 
-def test_bf16_is_on_in_the_losses_and_off_in_what_measures(monkeypatch):
+def test_bf16_is_on_in_the_losses_but_for_the_first_layer_and_off_in_what_measures(monkeypatch):
     config = full_strength("advibp", batch_norm=True, precision="bf16")
     trainer = Trainer(config, few_digits(), ALONE)
-    seen: list[tuple[str, torch.dtype]] = []
-
-    forward = nn.Conv2d.forward
+    seen: list[tuple[str, int, torch.dtype]] = []
+    where = "measures"
+    forward, objective = nn.Conv2d.forward, trainer.losses.objective
 
     def look(layer: nn.Conv2d, x: Tensor) -> Tensor:
         output = forward(layer, x)
-        where = "trains" if torch.is_autocast_enabled("cpu") else "measures"
-        seen.append((where, output.dtype))
+        seen.append((where, layer.in_channels, output.dtype))
         return output
 
+    def trains(loss: Callable[[nn.Module], Tensor]) -> Tensor:
+        nonlocal where
+        where = "trains"
+        try:
+            return objective(loss)
+        finally:
+            where = "measures"
+
     monkeypatch.setattr(nn.Conv2d, "forward", look)
+    monkeypatch.setattr(trainer.losses, "objective", trains)
     trainer.train_epoch(Silent())
-    measures = {dtype for where, dtype in seen if where == "measures"}
-    assert torch.float32 in measures <= {torch.float32, torch.float64}
-    assert {dtype for where, dtype in seen if where == "trains"} == {torch.bfloat16}
-    measures = [where for where, _ in seen].index("measures")
-    assert all(where == "measures" for where, _ in seen[measures:])
+    first = {dtype for place, channels, dtype in seen if (place, channels) == ("trains", 1)}
+    others = {dtype for place, channels, dtype in seen if place == "trains" and channels > 1}
+    assert (first, others) == ({torch.float32}, {torch.bfloat16})
+    measured = {dtype for place, _, dtype in seen if place == "measures"}
+    assert torch.float32 in measured <= {torch.float32, torch.float64}
+
+
+def test_a_threshold_of_the_first_layer_is_not_rounded_with_bf16():
+    """Pixels up to 0.603 stay below it; bf16 has 0.6016 for it."""
+    network = nn.Sequential(nn.Linear(1, 1), BatchNorm(1), nn.ReLU(), nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        network[0].weight.fill_(1.0)
+        network[0].bias.fill_(-0.6034)
+        network[3].weight.copy_(torch.tensor([[0.0], [1000.0]]))
+        network[3].bias.fill_(0.0)
+    box, labels = Interval(torch.tensor([[0.5]]), torch.tensor([[0.103]])), torch.tensor([0])
+
+    def loss(layers: nn.Module) -> Tensor:
+        return certified_loss(merged(layers), box, labels, crown_share=0.5)
+
+    exact = of_losses(Objective(network), "float32", ALONE.device)(loss)
+    torch.testing.assert_close(of_losses(Objective(network), "bf16", ALONE.device)(loss), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(network) > exact + 0.1
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Linear(1, 1),
+        nn.Sequential(nn.ReLU()),
+        nn.Sequential(nn.ReLU(), nn.Linear(1, 1)),
+        nn.Sequential(weight_norm(nn.Linear(1, 1)), nn.ReLU()),
+    ],
+    ids=["no layers in a row", "none affine", "the last alone", "parametrized"],
+)
+def test_networks_without_a_first_layer_to_take_in_float32_are_left_alone(network):
+    assert first_in_float32(network) is network
 
 
 def test_margins_are_summed_in_float32():
