@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from mogd import BisectorProjection, Fixed, UnbiasedMultiGradient
 from mogd.priority import ask
@@ -32,7 +33,7 @@ from tests.robust_app.runs import (
     full_strength,
     trained,
 )
-from tests.studies import batch_statistics, report
+from tests.studies import batch_statistics, gradient_lengths, report, rounding
 from tests.studies.__main__ import main, work
 from tests.studies.running import Setup, VariedTrainer, carry_out, row, slug
 from tests.studies.studies import STUDIES, Study
@@ -277,26 +278,93 @@ def test_a_network_without_batch_norm_has_no_statistics_to_study():
         batch_statistics.study(trainer, 1)
 
 
-def test_the_study_of_batch_statistics_prints_a_table_for_each_run(tmp_path, capsys):
+@pytest.fixture
+def with_a_frozen_layer():
+    config = full_strength("ibp", **SHI, first_batch_norm_frozen_from=1)
+    trainer = Trainer(config, few_digits(), ALONE)
+    trainer.epochs_done = 2
+    return trainer
+
+
+def test_the_study_of_rounding_takes_the_first_layer_in_float32_in_the_second_row_alone(
+    with_a_frozen_layer, monkeypatch
+):
+    trainer = with_a_frozen_layer
+    seen: list[tuple[int, torch.dtype]] = []
+    forward = nn.Conv2d.forward
+
+    def look(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        output = forward(layer, x)
+        seen.append((layer.in_channels, output.dtype))
+        return output
+
+    monkeypatch.setattr(nn.Conv2d, "forward", look)
+    kinds = {}
+    for name, way in rounding.ways(trainer.network.eval()).items():
+        seen.clear()
+        way(lambda layers: layers(trainer.x[:2].float() / 255).float().sum())
+        kinds[name] = ({kind for n, kind in seen if n == 1}, {kind for n, kind in seen if n > 1})
+    single, half = {torch.float32}, {torch.bfloat16}
+    assert list(kinds.values()) == [(single, single), (single, half), (half, half)]
+
+
+def test_the_study_of_rounding_measures_the_loss_that_trains(with_a_frozen_layer):
+    trainer = with_a_frozen_layer
+    network, epsilon = trainer.network, trainer.config.epsilon
+    found = rounding.study(trainer, 2)
+    random = torch.Generator().manual_seed(trainer.config.seed)
+    for batch in range(2):
+        rows = torch.randint(len(trainer.x), (32,), generator=random)
+        x, labels = trainer.x[rows].float() / 255, trainer.labels[rows]
+        assert [layer.statistics_frozen for layer in batch_norms(network)] == [True, False, False]
+        with clean_statistics(network, x):
+            loss = certified_loss(network, Interval.around(x, epsilon), labels)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        torch.testing.assert_close(found["float32"][batch], torch.stack([loss.detach(), length]))
+    exact, first_exact, rounded = found.values()
+    assert not torch.equal(exact, first_exact)
+    assert not torch.equal(first_exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0)
+
+
+def test_a_run_without_an_epoch_has_no_rounding_to_study():
+    trainer = Trainer(full_strength("ibp"), few_digits(), ALONE)
+    with pytest.raises(UserError, match=r"^RUN: expected a run within its first stage, after an"):
+        rounding.study(trainer, 1)
+
+
+@pytest.mark.parametrize(
+    ("study", "rows"),
+    [
+        (
+            batch_statistics,
+            ["all", "all but layer 1", "layer 1", "layer 2", "layer 3", "none"],
+        ),
+        (rounding, ["float32", "bf16, the first layer's in float32", "bf16"]),
+    ],
+    ids=["batch statistics", "rounding"],
+)
+def test_a_study_of_gradients_prints_a_table_for_each_run(study, rows, tmp_path, capsys):
     config = dataclasses.replace(full_strength("ibp", **SHI), epochs=1)
     trained(config, tmp_path, (1,))
     RunDirectory(tmp_path).config_file.write_text(config.to_toml())
-    batch_statistics.main([str(tmp_path), "--batches", "2"])
+    arguments = [str(tmp_path), "--batches", "2"]
+    gradient_lengths.main(arguments, study.__doc__, study.study, study.WAYS)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path}, after 1 epochs"
-    assert [line.split(" | ")[0] for line in lines[4:10]] == [
-        *("| all", "| all but layer 1", "| layer 1", "| layer 2", "| layer 3", "| none")
-    ]
+    assert lines[2].startswith(f"| {study.WAYS} | loss: median | ")
+    assert [line.split(" | ")[0] for line in lines[4:-1]] == [f"| {row}" for row in rows]
 
 
 def test_no_batches_make_no_table(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        batch_statistics.main([str(tmp_path), "--batches", "0"])
+        gradient_lengths.main([str(tmp_path), "--batches", "0"], "", batch_statistics.study, "")
     assert "--batches: expected at least 1, found 0" in capsys.readouterr().err
 
 
 def test_gradients_longer_than_three_medians_are_counted():
     lengths = torch.tensor([1.0, 2.0, 2.0, 6.0, 6.1])
     found = {"all": torch.stack([torch.arange(5.0), lengths], dim=1)}
-    *_, row = batch_statistics.table(found).splitlines()
+    *_, row = gradient_lengths.table(found, "ways").splitlines()
     assert row == "| all | 2.000 | 4.00 | 2.0 | 6.1 | 1 of 5 |"
