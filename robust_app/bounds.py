@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from robust_app.batch_norm import BatchNorm
 from robust_app.fused import relu_box
 from robust_app.interval import Interval
-from robust_app.layer_rules import DROPOUTS, IN_TRAINING, Rules, is_plainly
+from robust_app.layer_rules import DROPOUTS, IN_TRAINING, Rules
 from robust_app.layers import ElementwiseAffine, Normalize, Residual
 from robust_app.precision import InFloat32, without_autocast
 
@@ -48,13 +48,6 @@ def propagate(layer: nn.Module, interval: Interval) -> Interval:
 
 
 _RULES = Rules(propagate, "bounds")
-
-
-def flattened(network: nn.Module) -> list[nn.Module]:
-    """The layers of nested Sequentials as one list; any other module is one layer."""
-    if not is_plainly(network, nn.Sequential):
-        return [network]
-    return [layer for child in network for layer in flattened(child)]
 
 
 @_RULES.of(nn.Sequential)

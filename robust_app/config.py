@@ -137,7 +137,8 @@ class Config:
         crop_padding: zeros around an image that is cropped at random.
         horizontal_flip: flip with probability ½; not for digits, which become other symbols.
         precision: of the products in training, ``float32``, ``tf32`` (on a GPU) or ``bf16``; all
-            else, and whatever measures or certifies, is float32.
+            else is float32, with ``bf16`` the products of the first layer that trains too, and so
+            is whatever measures or certifies.
         held_out: number of training images set aside to choose the best epoch by.
         pgd_steps, pgd_restarts: strength of the attack in the final evaluation.
         seed: of initialisation, order of the examples, augmentation and attacks.

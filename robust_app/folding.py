@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from robust_app.batch_norm import BatchNorm, batch_norms
-from robust_app.layer_rules import is_affine, is_plainly
+from robust_app.layer_rules import is_plainly
 from robust_app.precision import InFloat32
 
 
@@ -51,7 +53,8 @@ def merged(network: nn.Module) -> nn.Module:
     It computes the same from the same parameters, to which gradients flow, by the statistics in
     force now, with no pass over activations beside those of the other layers: to be made, and
     used, inside :func:`~robust_app.batch_norm.clean_statistics`. Rounding differs: where products
-    are taken in bf16, the merged weights and shifts are rounded too.
+    are taken in bf16, the merged weights and shifts are rounded too. A layer
+    :class:`~robust_app.precision.InFloat32` stays one.
 
     Args:
         network: layers in a row, or anything else, which is returned as it is. BatchNorm layers
@@ -78,22 +81,24 @@ def _merged(
     """The layers; each BatchNorm that follows an affine layer made one with it."""
     layers: list[nn.Module] = []
     for layer in network:
-        if isinstance(layer, BatchNorm) and layers and _has_affine(layers[-1]):
-            layers[-1] = _scaled(layers[-1], *statistics(layer))
+        before = layers[-1] if layers else None
+        affine = before.layer if isinstance(before, InFloat32) else before
+        if isinstance(layer, BatchNorm) and _is_affine(affine):
+            scaled = _scaled(affine, *statistics(layer))
+            layers[-1] = scaled if affine is before else InFloat32(scaled)
         else:
             layers.append(layer)
     return layers
 
 
-def _has_affine(layer: nn.Module) -> bool:
-    return is_affine(layer.layer if isinstance(layer, InFloat32) else layer)
+def _is_affine(layer: nn.Module | None) -> TypeGuard[nn.Conv2d | nn.Linear]:
+    if layer is None or is_parametrized(layer):
+        return False
+    return is_plainly(layer, nn.Conv2d) or is_plainly(layer, nn.Linear)
 
 
-def _scaled(layer: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
+def _scaled(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> nn.Module:
     """``scale * layer(x) + shift`` per channel, as a layer with tensors in place of parameters."""
-    if isinstance(layer, InFloat32):
-        return InFloat32(_scaled(layer.layer, scale, shift))
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
     if layer.bias is not None:
         shift = shift + scale * layer.bias
     like = copy.copy(layer)

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from robust_app.errors import UserError
 
@@ -40,10 +39,11 @@ def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
     )
 
 
-def is_affine(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
-    """Whether ``layer`` is plainly a Conv2d or Linear one, of parameters of its own."""
-    plain = is_plainly(layer, nn.Conv2d) or is_plainly(layer, nn.Linear)
-    return plain and not is_parametrized(layer)
+def flattened(network: nn.Module) -> list[nn.Module]:
+    """The layers of nested Sequentials as one list; any other module is one layer."""
+    if not is_plainly(network, nn.Sequential):
+        return [network]
+    return [layer for child in network for layer in flattened(child)]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from robust_app.bounds import flattened
 from robust_app.errors import SettingError
+from robust_app.layer_rules import flattened
 
 
 def trainable_layers(network: nn.Module) -> list[int]:

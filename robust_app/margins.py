@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robust_app.bounds import flattened, propagate
+from robust_app.bounds import propagate
 from robust_app.interval import Interval
-from robust_app.layer_rules import is_plainly
+from robust_app.layer_rules import flattened, is_plainly
 from robust_app.precision import without_autocast
 
 

@@ -1,7 +1,7 @@
 """What floating-point format the products of a training step are taken in.
 
 Parameters, moments, Adam, FOSC, cross entropies and all that measures or certifies are float32, and
-with ``bf16`` the products of the first layer too.
+with ``bf16`` the products of the first of the layers that train too.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_app.errors import SettingError
-from robust_app.layer_rules import is_affine, is_plainly
+from robust_app.layer_rules import flattened, is_plainly
 
 PRECISIONS = ("float32", "tf32", "bf16")
 
@@ -34,7 +34,7 @@ def products_in(precision: str) -> Iterator[None]:
     """How products of float32 are taken inside: on a GPU in TF32 for ``tf32``, else in float32.
 
     TF32 rounds factors to 10 bits; torch lets cuDNN use it unless told otherwise, and by
-    ``torch.set_float32_matmul_precision`` processors take bf16, of 8 bits, where they have it.
+    ``torch.set_float32_matmul_precision`` processors take bf16, of 7 bits, where they have it.
     """
     backends: Any = torch.backends
     on_gpu = (backends.cudnn.conv, backends.cuda.matmul)
@@ -63,12 +63,12 @@ def plain_float32() -> Iterator[None]:
 
 
 def of_losses(objective: Objective, precision: str, device: torch.device) -> Objective:
-    """With ``bf16`` the objective under autocast, the first layer not, else the objective itself.
+    """With ``bf16`` the objective under autocast, its first layer not, else the objective itself.
 
-    A network that is certified in a large ball tells bright pixels from dark ones by a threshold
-    in its first layer. bf16 rounds that, and the ends of the boxes, by up to 0.4 %: the loss that
-    trains is then blind to pixels that cross the threshold, or sees some cross that do not, with
-    gradients hundreds of times as long as usual (docs/results/what-we-tried.md).
+    The first layer of a network that is certified in a large ball has a threshold, for which
+    :func:`~robust_app.batch_norm.freeze_first` keeps its statistics. bf16 rounds it, and the ends
+    of the boxes, by up to 0.4 %. Of networks near it the loss that trains then does not see which
+    pixels cross it, or sees some that do not (docs/results/what-we-tried.md).
     """
     if precision != "bf16":
         return objective
@@ -99,11 +99,12 @@ class InFloat32(nn.Module):
 
 
 def first_in_float32(network: nn.Module) -> nn.Module:
-    """The network with its first Conv2d or Linear layer :class:`InFloat32`, of the same parameters.
+    """The network with its first layer that has a matrix :class:`InFloat32`, whatever it is.
 
     Args:
-        network: layers in a row, or anything else, which is returned as it is, as are layers of
-            which only the last is a Conv2d or Linear one: the margins' rule takes it so anyway.
+        network: layers in a row, nested or not, or anything else, which is returned as it is. So
+            are layers of which only the last has a matrix: to the margins it is a Linear layer
+            that they can be merged with, without autocast, and they would be looser if it were not.
 
     >>> first_in_float32(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)))
     Sequential(
@@ -116,11 +117,15 @@ def first_in_float32(network: nn.Module) -> nn.Module:
     """
     if not is_plainly(network, nn.Sequential):
         return network
-    layers = list(network)
-    first = next((at for at, layer in enumerate(layers[:-1]) if is_affine(layer)), None)
+    layers = flattened(network)
+    first = next((at for at, layer in enumerate(layers[:-1]) if _has_matrix(layer)), None)
     if first is None:
         return network
     return nn.Sequential(*layers[:first], InFloat32(layers[first]), *layers[first + 1 :])
+
+
+def _has_matrix(layer: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in layer.parameters())
 
 
 @contextmanager

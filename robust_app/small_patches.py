@@ -108,7 +108,9 @@ class _Transposed(torch.autograd.Function):
 def _by_patches(outputs: Tensor, weight: Tensor, size: torch.Size, geometry: Geometry) -> Tensor:
     stride, padding, dilation = geometry
     to_patch = weight.flatten(1).T.expand(len(outputs), -1, -1)
-    patches = to_patch.bmm(outputs.flatten(2))
+    # In the factors' own format, also where an attack differentiates within autocast.
+    with torch.autocast(outputs.device.type, enabled=False):
+        patches = to_patch.bmm(outputs.flatten(2))
     # Copied, for what fold returns lies in memory as large as that of the patches.
     return F.fold(patches, size, weight.shape[2:], dilation, padding, stride).clone()
 

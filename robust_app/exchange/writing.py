@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_app.bounds import flattened
 from robust_app.exchange import packages
 from robust_app.folding import fold
-from robust_app.layer_rules import Rules
+from robust_app.layer_rules import Rules, flattened
 from robust_app.layers import Normalize
 
 INPUT, OUTPUT = "X", "Y"

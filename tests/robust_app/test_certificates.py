@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_app.bounds import flattened
 from robust_app.certificates import (
     ball,
     certified,
@@ -23,7 +22,7 @@ from robust_app.crown import crown_ibp
 from robust_app.errors import UserError
 from robust_app.exact import decide
 from robust_app.interval import Interval
-from robust_app.layer_rules import UnsupportedLayer
+from robust_app.layer_rules import UnsupportedLayer, flattened
 from robust_app.layers import Normalize, Residual
 from robust_app.margins import margin_bounds
 from robust_app.verifiers import VERIFIERS

@@ -13,6 +13,7 @@ from robust_app.interval import Interval
 from robust_app.layers import Residual
 from robust_app.margins import margin_bounds
 from robust_app.models import build
+from robust_app.precision import InFloat32, first_in_float32
 from tests.robust_app.networks import DIGITS, digits_network, images, randn, scaled
 
 # --- For good
@@ -95,21 +96,28 @@ def outputs_and_gradients(network, make, x, box):
     return logits, bounds, *torch.autograd.grad(total, list(network.parameters()))
 
 
-def test_merging_changes_neither_outputs_nor_bounds_nor_gradients():
+def merged_in_float32(network: nn.Module) -> nn.Module:
+    return merged(first_in_float32(network))
+
+
+@pytest.mark.parametrize("make", [merged, merged_in_float32])
+def test_merging_changes_neither_outputs_nor_bounds_nor_gradients(make):
     network, x = digits_network(), images()
     box = Interval(images(seed=1), torch.full_like(x, 0.1))
     torch.testing.assert_close(
-        outputs_and_gradients(network, merged, x, box),
+        outputs_and_gradients(network, make, x, box),
         outputs_and_gradients(network, lambda same: same, x, box),
     )
 
 
-def test_merging_leaves_the_network_alone_and_has_no_batch_norm():
+@pytest.mark.parametrize("make", [merged, merged_in_float32])
+def test_merging_leaves_the_network_alone_and_has_no_batch_norm(make):
     network, x = digits_network(), images()
     names = [name for name, _ in network.named_parameters()]
     with clean_statistics(network, x):
-        layers = merged(network)
+        layers = make(network)
     assert not any(isinstance(layer, BatchNorm) for layer in layers)
+    assert isinstance(layers[1], InFloat32) == (make is merged_in_float32)
     assert [name for name, _ in network.named_parameters()] == names
     assert not list(layers[0].parameters())  # no copy that an optimizer might take for one
 

@@ -1,13 +1,14 @@
 """What is computed in fewer digits, and what never is."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from robust_app import precision
+from robust_app import precision, small_patches
 from robust_app.batch_norm import BatchNorm
 from robust_app.bounds import propagate
 from robust_app.distributed import join
@@ -15,10 +16,12 @@ from robust_app.errors import UserError
 from robust_app.evaluation import evaluate, standard_and_certified
 from robust_app.folding import merged
 from robust_app.interval import Interval
+from robust_app.layer_rules import flattened
+from robust_app.layers import Normalize, Residual
 from robust_app.losses import Objective, certified_loss
 from robust_app.margins import margins_after
 from robust_app.networks import build_network
-from robust_app.precision import first_in_float32, of_losses
+from robust_app.precision import InFloat32, first_in_float32, of_losses
 from robust_app.pullback import pull_back
 from robust_app.reporting import Silent
 from robust_app.rounding import rounding_error
@@ -196,17 +199,59 @@ def test_a_threshold_of_the_first_layer_is_not_rounded_with_bf16():
 
 
 @pytest.mark.parametrize(
-    "network",
+    ("network", "first"),
     [
-        nn.Linear(1, 1),
-        nn.Sequential(nn.ReLU()),
-        nn.Sequential(nn.ReLU(), nn.Linear(1, 1)),
-        nn.Sequential(weight_norm(nn.Linear(1, 1)), nn.ReLU()),
+        (nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), 0),
+        (nn.Sequential(Normalize([0.5], [0.5]), nn.Conv2d(1, 1, 1), nn.Flatten()), 1),
+        (nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(1, 1)), nn.Linear(1, 1)), 1),
+        (nn.Sequential(weight_norm(nn.Linear(1, 1)), nn.Linear(1, 1), nn.ReLU()), 0),
+        (nn.Sequential(Residual(nn.Linear(1, 1)), nn.Linear(1, 1), nn.ReLU()), 0),
+        (nn.Sequential(BatchNorm(1), nn.Linear(1, 1), nn.ReLU()), 1),
     ],
-    ids=["no layers in a row", "none affine", "the last alone", "parametrized"],
+    ids=["plain", "after Normalize", "nested", "parametrized", "residual", "after BatchNorm"],
+)
+def test_the_first_layer_with_a_matrix_is_in_float32(network, first):
+    layers, within = flattened(network), first_in_float32(network)
+    assert [isinstance(layer, InFloat32) for layer in within] == [
+        at == first for at in range(len(layers))
+    ]
+    assert all(
+        layer is (found.layer if isinstance(found, InFloat32) else found)
+        for layer, found in zip(layers, within, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "network",
+    [nn.Linear(1, 1), nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.Linear(1, 1))],
+    ids=["no layers in a row", "no matrix", "the last alone"],
 )
 def test_networks_without_a_first_layer_to_take_in_float32_are_left_alone(network):
     assert first_in_float32(network) is network
+
+
+def test_the_attack_too_has_the_first_layer_in_float32_with_bf16(monkeypatch):
+    trainer = Trainer(full_strength("advibp", precision="bf16"), few_digits(), ALONE)
+    seen: list[tuple[bool, torch.dtype]] = []
+    by_patches = small_patches._by_patches
+
+    def look(outputs: Tensor, *rest: Any) -> Tensor:
+        inputs = by_patches(outputs, *rest)
+        seen.append((torch.is_autocast_enabled("cpu"), inputs.dtype))
+        return inputs
+
+    monkeypatch.setattr(small_patches, "_by_patches", look)
+    trainer.train_epoch(Silent())
+    assert set(seen) >= {(True, torch.float32)}
+    assert {dtype for _, dtype in seen} == {torch.float32}
+
+
+def test_layers_train_in_stages_with_bf16():
+    config = full_strength("advibp", precision="bf16", epochs=1, stages=2, stage_epochs=1)
+    trainer = Trainer(config, few_digits(), ALONE)
+    metrics = [trainer.train_epoch(Silent()) for _ in range(3)]
+    assert [line["stage"] for line in metrics] == [0, 1, 2]
+    assert all(line["certified_loss"] > 0 for line in metrics)
 
 
 def test_margins_are_summed_in_float32():

@@ -18,9 +18,7 @@ from robust_app.errors import UserError
 from robust_app.interval import Interval
 from robust_app.losses import certified_loss
 from robust_app.training import Trainer
-from tests.studies.gradient_lengths import drawn, main, measure
-
-WAYS = "the batch's statistics in"
+from tests.studies.gradient_lengths import Study, drawn, main, measure
 
 
 def choices(layers: int) -> Mapping[str, set[int]]:
@@ -34,7 +32,7 @@ def choices(layers: int) -> Mapping[str, set[int]]:
     return {"all": every, "all but layer 1": every - {0}, **single, "none": set()}
 
 
-def study(trainer: Trainer, count: int) -> dict[str, Tensor]:
+def carry_out(trainer: Trainer, count: int) -> dict[str, Tensor]:
     """Losses and lengths, ``(count, 2)``, of each choice of layers, on the same batches."""
     if trainer.stage > 0 or not batch_norms(trainer.network):
         raise UserError("RUN: expected a run that trains with BatchNorm, found one without")
@@ -54,5 +52,7 @@ def study(trainer: Trainer, count: int) -> dict[str, Tensor]:
     return {name: torch.tensor(values) for name, values in found.items()}
 
 
+STUDY = Study("tests.studies.batch_statistics", __doc__, "the batch's statistics in", carry_out)
+
 if __name__ == "__main__":
-    main(sys.argv[1:], __doc__, study, WAYS)
+    main(STUDY, sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +16,22 @@ from robust_app.training import Trainer
 OUTSIZED = 3
 """A gradient that is longer than so many medians is outsized."""
 
-Study = Callable[[Trainer, int], Mapping[str, Tensor]]
-"""Losses and lengths, ``(count, 2)``, by the names of the ways, on the same batches."""
+
+@dataclass(frozen=True)
+class Study:
+    """A way to tabulate what several ways make of the same batches.
+
+    Attributes:
+        name: of its module.
+        about: what ``--help`` says.
+        ways: the head of the first column.
+        carried_out: losses and lengths, ``(count, 2)``, by the names of the ways.
+    """
+
+    name: str
+    about: str | None
+    ways: str
+    carried_out: Callable[[Trainer, int], Mapping[str, Tensor]]
 
 
 def drawn(trainer: Trainer, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -57,16 +72,9 @@ def table(found: Mapping[str, Tensor], ways: str) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str], about: str | None, study: Study, ways: str) -> None:
-    """Print a table for each run, of the network in its checkpoint.
-
-    Args:
-        arguments: of the command line.
-        about: what ``--help`` says.
-        study: what to tabulate.
-        ways: the head of the first column.
-    """
-    parser = argparse.ArgumentParser(description=about)
+def main(study: Study, arguments: Sequence[str]) -> None:
+    """Print a table for each run, of the network in its checkpoint."""
+    parser = argparse.ArgumentParser(prog=f"python -m {study.name}", description=study.about)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--batches", type=int, default=150)
@@ -80,5 +88,5 @@ def main(arguments: Sequence[str], about: str | None, study: Study, ways: str) -
             config, data.load(config.dataset, given.data_root), World(0, 1, torch.device("cpu"))
         )
         trainer.load_state_dict(checkpoint.load(directory.checkpoint_file))
-        rows = table(study(trainer, given.batches), ways)
+        rows = table(study.carried_out(trainer, given.batches), study.ways)
         print(f"{path}, after {trainer.epochs_done} epochs\n\n{rows}\n")

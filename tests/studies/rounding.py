@@ -22,9 +22,7 @@ from robust_app.losses import Objective, certified_loss
 from robust_app.precision import of_losses
 from robust_app.schedules import setting
 from robust_app.training import Trainer
-from tests.studies.gradient_lengths import drawn, main, measure
-
-WAYS = "products in"
+from tests.studies.gradient_lengths import Study, drawn, main, measure
 
 Loss = Callable[[nn.Module], Tensor]
 
@@ -44,24 +42,27 @@ def ways(network: nn.Module) -> Mapping[str, Callable[[Loss], Tensor]]:
     }
 
 
-def study(trainer: Trainer, count: int) -> dict[str, Tensor]:
+def carry_out(trainer: Trainer, count: int) -> dict[str, Tensor]:
     """Losses and lengths, ``(count, 2)``, of each way, on the same batches."""
     if trainer.stage > 0 or trainer.epochs_done == 0:
         raise UserError("RUN: expected a run within its first stage, after an epoch at least")
     config, network = trainer.config, trainer.network.train()
     last = setting(config, trainer.epochs_done - 1)
     freeze_first(network, last.first_batch_norm_frozen)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways(network)}
+    by_name = ways(network)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in by_name}
     for x, labels in drawn(trainer, count):
 
         def certified(layers: nn.Module, x: Tensor = x, labels: Tensor = labels) -> Tensor:
             with clean_statistics(layers, x):
                 return certified_loss(merged(layers), Interval.around(x, config.epsilon), labels)
 
-        for name, way in ways(network).items():
+        for name, way in by_name.items():
             found[name].append(measure(network, partial(way, certified)))
     return {name: torch.tensor(values) for name, values in found.items()}
 
 
+STUDY = Study("tests.studies.rounding", __doc__, "products in", carry_out)
+
 if __name__ == "__main__":
-    main(sys.argv[1:], __doc__, study, WAYS)
+    main(STUDY, sys.argv[1:])

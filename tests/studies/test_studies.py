@@ -252,7 +252,7 @@ def test_batch_statistics_are_taken_in_the_layers_that_are_named(tmp_path):
     trainer = trained(full_strength("ibp", **SHI), tmp_path, (1,), few_digits())
     network, epsilon = trainer.network, trainer.config.epsilon
     before = copy.deepcopy(network.state_dict())
-    found = batch_statistics.study(trainer, 2)
+    found = batch_statistics.carry_out(trainer, 2)
     assert all(map(torch.equal, before.values(), network.state_dict().values()))
 
     frozen = {"all": "", "all but layer 1": "1", "layer 1": "23", "layer 2": "13", "layer 3": "12"}
@@ -275,14 +275,16 @@ def test_batch_statistics_are_taken_in_the_layers_that_are_named(tmp_path):
 def test_a_network_without_batch_norm_has_no_statistics_to_study():
     trainer = Trainer(full_strength("ibp"), few_digits(), ALONE)
     with pytest.raises(UserError, match=r"^RUN: expected a run that trains with BatchNorm"):
-        batch_statistics.study(trainer, 1)
+        batch_statistics.carry_out(trainer, 1)
 
 
 @pytest.fixture
 def with_a_frozen_layer():
+    """Whose first frozen epoch was its last one."""
     config = full_strength("ibp", **SHI, first_batch_norm_frozen_from=1)
     trainer = Trainer(config, few_digits(), ALONE)
     trainer.epochs_done = 2
+    trainer.network.eval()
     return trainer
 
 
@@ -311,7 +313,8 @@ def test_the_study_of_rounding_takes_the_first_layer_in_float32_in_the_second_ro
 def test_the_study_of_rounding_measures_the_loss_that_trains(with_a_frozen_layer):
     trainer = with_a_frozen_layer
     network, epsilon = trainer.network, trainer.config.epsilon
-    found = rounding.study(trainer, 2)
+    found = rounding.carry_out(trainer, 2)
+    assert network.training
     random = torch.Generator().manual_seed(trainer.config.seed)
     for batch in range(2):
         rows = torch.randint(len(trainer.x), (32,), generator=random)
@@ -328,20 +331,31 @@ def test_the_study_of_rounding_measures_the_loss_that_trains(with_a_frozen_layer
     torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0)
 
 
-def test_a_run_without_an_epoch_has_no_rounding_to_study():
-    trainer = Trainer(full_strength("ibp"), few_digits(), ALONE)
+def test_what_no_epoch_has_frozen_is_not_frozen_in_the_study_of_rounding():
+    config = full_strength("ibp", **SHI, first_batch_norm_frozen_from=2)
+    trainer = Trainer(config, few_digits(), ALONE)
+    trainer.epochs_done = 2
+    rounding.carry_out(trainer, 1)
+    assert not any(layer.statistics_frozen for layer in batch_norms(trainer.network))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_without_an_epoch_or_in_a_stage_has_no_rounding_to_study(stage):
+    trainer = Trainer(full_strength("ibp", stages=1), few_digits(), ALONE)
+    trainer.begin_stage(stage)
+    trainer.epochs_done = stage
     with pytest.raises(UserError, match=r"^RUN: expected a run within its first stage, after an"):
-        rounding.study(trainer, 1)
+        rounding.carry_out(trainer, 1)
 
 
 @pytest.mark.parametrize(
     ("study", "rows"),
     [
         (
-            batch_statistics,
+            batch_statistics.STUDY,
             ["all", "all but layer 1", "layer 1", "layer 2", "layer 3", "none"],
         ),
-        (rounding, ["float32", "bf16, the first layer's in float32", "bf16"]),
+        (rounding.STUDY, ["float32", "bf16, the first layer's in float32", "bf16"]),
     ],
     ids=["batch statistics", "rounding"],
 )
@@ -349,17 +363,16 @@ def test_a_study_of_gradients_prints_a_table_for_each_run(study, rows, tmp_path,
     config = dataclasses.replace(full_strength("ibp", **SHI), epochs=1)
     trained(config, tmp_path, (1,))
     RunDirectory(tmp_path).config_file.write_text(config.to_toml())
-    arguments = [str(tmp_path), "--batches", "2"]
-    gradient_lengths.main(arguments, study.__doc__, study.study, study.WAYS)
+    gradient_lengths.main(study, [str(tmp_path), "--batches", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path}, after 1 epochs"
-    assert lines[2].startswith(f"| {study.WAYS} | loss: median | ")
+    assert lines[2].startswith(f"| {study.ways} | loss: median | ")
     assert [line.split(" | ")[0] for line in lines[4:-1]] == [f"| {row}" for row in rows]
 
 
 def test_no_batches_make_no_table(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        gradient_lengths.main([str(tmp_path), "--batches", "0"], "", batch_statistics.study, "")
+        gradient_lengths.main(batch_statistics.STUDY, [str(tmp_path), "--batches", "0"])
     assert "--batches: expected at least 1, found 0" in capsys.readouterr().err
 
 
