@@ -82,7 +82,6 @@ COMPILED = {
     "joint with regularisers": {"method": "advibp", "ramp_epochs": 1.5, **SHI},
     "joint with crown": {"method": "advcrown-ibp", "crown_share": (0.9, 0.1), "ramp_epochs": 1.5},
     "mixed": {"method": "ibp", "natural_epochs": 0.4, "ramp_epochs": 1.5},
-    "bf16": {"method": "advibp", "precision": "bf16", **SHI},
     "a frozen norm": {"method": "advibp", "first_batch_norm_frozen_from": 1.5, **SHI},
 }
 
