@@ -103,8 +103,8 @@ def first_in_float32(network: nn.Module) -> nn.Module:
 
     Args:
         network: layers in a row, nested or not, or anything else, which is returned as it is. So
-            are layers of which only the last has a matrix: to the margins it is a Linear layer
-            that they can be merged with, without autocast, and they would be looser if it were not.
+            are layers of which one alone has a matrix: margins are merged with a last Linear layer,
+            without autocast, and would be looser if it were within another.
 
     >>> first_in_float32(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)))
     Sequential(
@@ -118,14 +118,11 @@ def first_in_float32(network: nn.Module) -> nn.Module:
     if not is_plainly(network, nn.Sequential):
         return network
     layers = flattened(network)
-    first = next((at for at, layer in enumerate(layers[:-1]) if _has_matrix(layer)), None)
-    if first is None:
+    with_matrix = [layer for layer in layers if any(p.ndim > 1 for p in layer.parameters())]
+    if len(with_matrix) < 2:
         return network
-    return nn.Sequential(*layers[:first], InFloat32(layers[first]), *layers[first + 1 :])
-
-
-def _has_matrix(layer: nn.Module) -> bool:
-    return any(parameter.ndim > 1 for parameter in layer.parameters())
+    first = with_matrix[0]
+    return nn.Sequential(*(InFloat32(layer) if layer is first else layer for layer in layers))
 
 
 @contextmanager

@@ -202,11 +202,11 @@ def test_a_threshold_of_the_first_layer_is_not_rounded_with_bf16():
     ("network", "first"),
     [
         (nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), 0),
-        (nn.Sequential(Normalize([0.5], [0.5]), nn.Conv2d(1, 1, 1), nn.Flatten()), 1),
+        (nn.Sequential(Normalize([0.5], [0.5]), nn.Conv2d(1, 1, 1), nn.Linear(1, 1)), 1),
         (nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(1, 1)), nn.Linear(1, 1)), 1),
         (nn.Sequential(weight_norm(nn.Linear(1, 1)), nn.Linear(1, 1), nn.ReLU()), 0),
         (nn.Sequential(Residual(nn.Linear(1, 1)), nn.Linear(1, 1), nn.ReLU()), 0),
-        (nn.Sequential(BatchNorm(1), nn.Linear(1, 1), nn.ReLU()), 1),
+        (nn.Sequential(BatchNorm(1), nn.Linear(1, 1), nn.Linear(1, 1)), 1),
     ],
     ids=["plain", "after Normalize", "nested", "parametrized", "residual", "after BatchNorm"],
 )
@@ -223,8 +223,13 @@ def test_the_first_layer_with_a_matrix_is_in_float32(network, first):
 
 @pytest.mark.parametrize(
     "network",
-    [nn.Linear(1, 1), nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.Linear(1, 1))],
-    ids=["no layers in a row", "no matrix", "the last alone"],
+    [
+        nn.Linear(1, 1),
+        nn.Sequential(nn.ReLU()),
+        nn.Sequential(nn.ReLU(), nn.Linear(1, 1)),
+        nn.Sequential(nn.Linear(1, 1), BatchNorm(1)),
+    ],
+    ids=["no layers in a row", "no matrix", "the last alone", "one before BatchNorm"],
 )
 def test_networks_without_a_first_layer_to_take_in_float32_are_left_alone(network):
     assert first_in_float32(network) is network
