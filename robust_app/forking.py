@@ -2,10 +2,18 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from robust_app import checkpoint, method_settings, methods, overrides, session, training_state
+from robust_app import (
+    checkpoint,
+    method_settings,
+    methods,
+    overrides,
+    schedules,
+    session,
+    training_state,
+)
 from robust_app.config import Config, as_set
 from robust_app.errors import SettingError, UserError, one_line
 from robust_app.run_directory import RunDirectory
@@ -27,6 +35,13 @@ FIXED = {
 """Settings that a fork has of its parent, and why."""
 BEGUN = dict.fromkeys(("epochs", "stages", "stage_epochs"), "a layer-wise stage has begun")
 """The same, of a parent that has."""
+TIMED = (
+    *("epsilon", "ramp_epochs", "natural_weight", "crown_share", "box_regularizers"),
+    *("certified_epochs", "fosc_maximum", "fosc_decay_epochs", "first_batch_norm_frozen_from"),
+    *("learning_rate", "learning_rate_factor", "milestones"),
+    *("stage_learning_rate", "stage_milestones"),
+)
+"""Settings of the schedules, each of which tells of some part of a run."""
 
 
 @dataclass(frozen=True)
@@ -141,3 +156,21 @@ def _check(stored: Config, config: Config, done: int) -> None:
             f"expected more than the {done} that are done, found {found} (a fork begins "
             "after a run's last epoch: give it more epochs, or fork a run that is paused before)",
         )
+    for name in TIMED:
+        if _changes_nothing(name, stored, config, done):
+            was, now = as_set(getattr(stored, name)), as_set(getattr(config, name))
+            raise SettingError(
+                name,
+                f"expected its parent's, {was}: another changes nothing after the {done} epochs "
+                f"that are done; found {now}",
+            )
+
+
+def _changes_nothing(name: str, stored: Config, config: Config, done: int) -> bool:
+    """Whether a schedule's setting is another than the parent's where that is over."""
+    try:
+        kept = replace(config, **{name: getattr(stored, name)})
+        method_settings.check(kept)
+    except SettingError:
+        return False  # what else was set asks for another
+    return kept != config and schedules.same_from(kept, config, done)

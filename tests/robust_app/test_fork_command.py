@@ -179,12 +179,42 @@ def test_the_best_network_is_one_of_its_own(robust_app, train, parent):
             "method=ibp",
             ["adversarial_epochs: expected 0 for ibp, found 0.5, which a fork cannot change"],
         ),
+        (
+            "milestones=[1.5]",
+            ["milestones: expected its parent's, [2]", "nothing after the 2 epochs", "found [1.5]"],
+        ),
+        ("certified_epochs=1", ["certified_epochs: expected its parent's, 0"]),
+        ("box_regularizers=1", ["box_regularizers: expected its parent's, 0"]),
         ("colour=red", ["unknown key 'colour'"]),
     ],
 )
 def test_what_a_fork_cannot_change_is_refused(robust_app, parent, setting, words):
     assert_refused(robust_app("fork", "parent", "--run-dir", "fork", "--set", setting), *words)
     assert not Path("fork/config.toml").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["ramp_epochs=0.5", "certified_epochs=1.25", "milestones=[]"],  # c_t falls from the ramp's end
+)
+def test_what_changes_later_epochs_is_none_of_them(robust_app, parent, setting):
+    outcome = robust_app("fork", "parent", "--run-dir", "fork", "--set", setting)
+    assert outcome[0] == 0, outcome
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("ibp", ["method=diffai", "natural_weight=[0.5, 0.5]"]),  # twice the same, for diffai
+        ("advibp", ["epochs=3", "certified_epochs=2.5"]),  # there is no room for its parent's 4
+    ],
+)
+def test_what_other_settings_ask_for_is_none_either(robust_app, train, method, settings):
+    length = {"certified_epochs": 4.0} if method == "advibp" else {"natural_weight": (1.0, 0.5)}
+    train("parent", full_strength(method, **length), "--stop-after", "1")
+    sets = (f"--set={setting}" for setting in settings)
+    outcome = robust_app("fork", "parent", "--run-dir", "fork", *sets)
+    assert outcome[0] == 0, outcome
 
 
 def test_a_parent_in_its_stages_keeps_them(robust_app, train):
