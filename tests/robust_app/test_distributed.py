@@ -1,5 +1,6 @@
 """Many processes reach what one reaches on the joined batch."""
 
+import dataclasses
 import io
 import os
 import socket
@@ -67,13 +68,14 @@ def parallel_kinds() -> dict[str, Config]:
 
 
 KINDS = parallel_kinds()
+BF16 = dataclasses.replace(KINDS["joint with batch norm"], precision="bf16")
 
 
 def trainer(kind: str, world: World) -> Trainer:
     """Of all digits through every phase, or of few digits in another way."""
     if kind == "digits":
         return Trainer(short_config(), data.load("digits"), world)
-    return Trainer(KINDS[kind], few_digits(), world)
+    return Trainer(BF16 if kind == "bf16" else KINDS[kind], few_digits(), world)
 
 
 def outcome(trainer: Trainer, watch: Watcher) -> dict[str, Any]:
@@ -168,12 +170,26 @@ def assert_as_alone(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """All kinds of runs, by two processes that are started once."""
-    return trained_by_processes(2, tmp_path_factory.mktemp("two"), ["digits", *KINDS])
+    return trained_by_processes(2, tmp_path_factory.mktemp("two"), ["digits", "bf16", *KINDS])
 
 
 @pytest.mark.parametrize("kind", ["digits", *KINDS])
 def test_two_processes_train_as_one_does(kind, two_processes):
     assert_as_alone([rank[kind] for rank in two_processes], outcome(trainer(kind, ALONE), Silent()))
+
+
+def test_two_processes_train_nearly_as_one_does_with_bf16(two_processes):
+    """It rounds each half of a batch for itself."""
+    ranks, alone = (
+        [rank["bf16"] for rank in two_processes],
+        outcome(trainer("bf16", ALONE), Silent()),
+    )
+    assert torch.equal(ranks[1]["parameters"], ranks[0]["parameters"])
+    travelled = (alone["parameters"] - alone["start"]).norm()
+    assert (ranks[0]["parameters"] - alone["parameters"]).norm() < 0.1 * travelled
+    for one, together in zip(alone["metrics"], ranks[0]["metrics"], strict=True):
+        for key in ("adversarial_loss", "certified_loss"):
+            assert together[key] == pytest.approx(one[key], rel=0.05)
 
 
 @pytest.mark.parametrize("phase", PHASES)
