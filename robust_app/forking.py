@@ -10,7 +10,7 @@ from robust_app import (
     method_settings,
     methods,
     overrides,
-    schedules,
+    remaining,
     session,
     training_state,
 )
@@ -35,13 +35,6 @@ FIXED = {
 """Settings that a fork has of its parent, and why."""
 BEGUN = dict.fromkeys(("epochs", "stages", "stage_epochs"), "a layer-wise stage has begun")
 """The same, of a parent that has."""
-TIMED = (
-    *("epsilon", "ramp_epochs", "natural_weight", "crown_share", "box_regularizers"),
-    *("certified_epochs", "fosc_maximum", "fosc_decay_epochs", "first_batch_norm_frozen_from"),
-    *("learning_rate", "learning_rate_factor", "milestones"),
-    *("stage_learning_rate", "stage_milestones"),
-)
-"""Settings of the schedules, each of which tells of some part of a run."""
 
 
 @dataclass(frozen=True)
@@ -156,21 +149,22 @@ def _check(stored: Config, config: Config, done: int) -> None:
             f"expected more than the {done} that are done, found {found} (a fork begins "
             "after a run's last epoch: give it more epochs, or fork a run that is paused before)",
         )
-    for name in TIMED:
-        if _changes_nothing(name, stored, config, done):
+    for name in remaining.SCHEDULED:
+        if _changed_in_vain(name, stored, config, done):
             was, now = as_set(getattr(stored, name)), as_set(getattr(config, name))
             raise SettingError(
                 name,
-                f"expected its parent's, {was}: another changes nothing after the {done} epochs "
-                f"that are done; found {now}",
+                f"expected its parent's, {was}, or what changes the epochs after the {done} that "
+                f"are done, with whatever else is set; found {now}",
             )
 
 
-def _changes_nothing(name: str, stored: Config, config: Config, done: int) -> bool:
-    """Whether a schedule's setting is another than the parent's where that is over."""
+def _changed_in_vain(name: str, stored: Config, config: Config, done: int) -> bool:
+    """Whether a setting is not the parent's, though with the parent's all would go on alike."""
     try:
         kept = replace(config, **{name: getattr(stored, name)})
         method_settings.check(kept)
-    except SettingError:
+        method_settings.check_changes(stored, kept)
+    except UserError:
         return False  # what else was set asks for another
-    return kept != config and schedules.same_from(kept, config, done)
+    return kept != config and remaining.same_from(kept, config, done)

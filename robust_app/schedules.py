@@ -6,10 +6,9 @@ starts counting when the warm-up ends, so the ramp of ε and c_t take ``t - (T_n
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 
 from robust_app.config import Config
 
@@ -175,44 +174,3 @@ def _stage_setting(config: Config, t: float) -> Setting:
         crown_share=config.crown_share[1],
         box_regularizers=0.0,
     )
-
-
-def same_from(one: Config, other: Config, t: float) -> bool:
-    """Whether two configurations of as many epochs, which differ in one setting, agree from t on.
-
-    Between two turning points schedules are constants, lines or powers of time, and such two of
-    one setting meet in no more than one moment, unless they are the same: two moments tell.
-
-    >>> from robust_app import recipes
-    >>> from robust_app.overrides import override
-    >>> recipe = recipes.load("mnist-dm-small-short")
-    >>> slower = override(recipe, ["ramp_epochs=20"])
-    >>> same_from(recipe, slower, t=19), same_from(recipe, override(recipe, ["epsilon=0.3"]), t=19)
-    (False, False)
-    >>> constant = override(recipe, ["fosc_maximum=0"])
-    >>> same_from(constant, override(constant, ["ramp_epochs=20"]), t=21)
-    True
-    """
-    end = one.total_epochs
-    turns = {*_turning_points(one, t), *_turning_points(other, t)}
-    times = sorted({t, end, *(turn for turn in turns if t < turn < end)})
-    moments = (
-        start + (stop - start) * share
-        for start, stop in pairwise(times)
-        for share in (1 / 3, 2 / 3)
-    )
-    return all(setting(one, moment) == setting(other, moment) for moment in moments)
-
-
-def _turning_points(config: Config, t: float) -> Iterator[float]:
-    """The times from t on at which a schedule jumps or bends; stages to come are all alike."""
-    warm_up = config.natural_epochs + config.adversarial_epochs
-    ramp_end = warm_up + config.ramp_epochs
-    yield from (config.natural_epochs, warm_up, warm_up + config.certified_epochs, ramp_end)
-    yield ramp_end + config.fosc_decay_epochs
-    yield config.first_batch_norm_frozen_from
-    yield from config.milestones
-    in_progress = max(0, t - config.epochs) // config.stage_epochs
-    for stage in (in_progress, in_progress + 1):
-        start = config.epochs + stage * config.stage_epochs
-        yield from (start, *(start + milestone for milestone in config.stage_milestones))

@@ -69,29 +69,29 @@ FIGURE = re.compile(r"(?<![\w.,/-])\d+\.\d+(?![\w/]|\.\d)")  # no part of a vers
 QUOTING = ["README.md", "docs/results/summary.md"]
 
 
-def stands_in(figure, known):
-    """Whether one of the figures known is this one, or is it once it is rounded."""
-    decimals = len(figure.partition(".")[2])
-    finer = (other for other in known if len(other.partition(".")[2]) >= decimals)
-    return any(abs(float(other) - float(figure)) <= 0.5 * 10**-decimals + 1e-9 for other in finer)
+def is_quoted(figure, known):
+    """Whether a figure is a known one, or is it once that is rounded."""
+    decimals, finer = (len(text.partition(".")[2]) for text in (figure, known))
+    return finer >= decimals and abs(float(known) - float(figure)) <= 0.5 * 10**-decimals + 1e-9
 
 
-def stands_together(group, line):
-    """Whether all figures of a group, as in 3.28 / 6.16 and 3.28 ± 0.16, are in a line."""
-    known = FIGURE.findall(line)
-    return all(stands_in(figure, known) for figure in FIGURE.findall(group))
+def stands_in(group, line):
+    """Whether a line has all figures of a group, as of 3.28 / 6.16 or 3.28 ± 0.16, in its order."""
+    known = iter(FIGURE.findall(line))
+    return all(any(is_quoted(figure, other) for other in known) for figure in FIGURE.findall(group))
 
 
 @pytest.mark.parametrize("page", QUOTING)
 def test_a_table_quotes_the_pages_that_it_names(page):
+    """A wrong figure that the same line of a page has of something else is not noticed."""
     path, quoted = ROOT / page, 0
     for row in re.findall(r"^\|.*\|$", path.read_text(encoding="utf-8"), re.MULTILINE):
-        names = set(re.findall(r"\]\(([^)#]+\.md)", row))
+        names = set(re.findall(r"\]\((?!https?:)([^)#]+\.md)", row))
         pages = [(path.parent / name).read_text(encoding="utf-8") for name in names]
         lines = "\n".join(pages).splitlines()
         text = re.sub(r"\]\([^)]*\)", "]", row)
         groups = re.findall(rf"{FIGURE.pattern}(?: [/±] {FIGURE.pattern})*", text) if names else []
         for group in groups:
-            assert any(stands_together(group, line) for line in lines), f"{group} of {row}"
+            assert any(stands_in(group, line) for line in lines), f"{group} of {row}"
         quoted += len(groups)
-    assert quoted > 50
+    assert quoted > 0

@@ -179,17 +179,15 @@ def test_two_processes_train_as_one_does(kind, two_processes):
 
 
 def test_two_processes_train_nearly_as_one_does_with_bf16(two_processes):
-    """It rounds each half of a batch for itself."""
+    """It rounds each half of a batch for itself; with float32 one of these is 7 % off."""
     ranks, alone = (
         [rank["bf16"] for rank in two_processes],
         outcome(trainer("bf16", ALONE), Silent()),
     )
     assert torch.equal(ranks[1]["parameters"], ranks[0]["parameters"])
-    travelled = (alone["parameters"] - alone["start"]).norm()
-    assert (ranks[0]["parameters"] - alone["parameters"]).norm() < 0.1 * travelled
     for one, together in zip(alone["metrics"], ranks[0]["metrics"], strict=True):
         for key in ("adversarial_loss", "certified_loss"):
-            assert together[key] == pytest.approx(one[key], rel=0.05)
+            assert together[key] == pytest.approx(one[key], rel=0.03)
 
 
 @pytest.mark.parametrize("phase", PHASES)

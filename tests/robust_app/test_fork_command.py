@@ -181,7 +181,7 @@ def test_the_best_network_is_one_of_its_own(robust_app, train, parent):
         ),
         (
             "milestones=[1.5]",
-            ["milestones: expected its parent's, [2]", "nothing after the 2 epochs", "found [1.5]"],
+            ["milestones: expected its parent's, [2], or what changes the epochs after the 2 that"],
         ),
         ("certified_epochs=1", ["certified_epochs: expected its parent's, 0"]),
         ("box_regularizers=1", ["box_regularizers: expected its parent's, 0"]),
@@ -195,23 +195,30 @@ def test_what_a_fork_cannot_change_is_refused(robust_app, parent, setting, words
 
 @pytest.mark.parametrize(
     "setting",
-    ["ramp_epochs=0.5", "certified_epochs=1.25", "milestones=[]"],  # c_t falls from the ramp's end
+    ["ramp_epochs=0.5", "certified_epochs=1.25", "milestones=[]"],
+    ids=["c_t falls from its end on", "it ends later", "the one at 2 is yet to come"],
 )
-def test_what_changes_later_epochs_is_none_of_them(robust_app, parent, setting):
+def test_a_setting_of_the_schedules_that_still_matters_is_taken(robust_app, parent, setting):
     outcome = robust_app("fork", "parent", "--run-dir", "fork", "--set", setting)
     assert outcome[0] == 0, outcome
 
 
 @pytest.mark.parametrize(
-    ("method", "settings"),
+    ("parent", "settings"),
     [
-        ("ibp", ["method=diffai", "natural_weight=[0.5, 0.5]"]),  # twice the same, for diffai
-        ("advibp", ["epochs=3", "certified_epochs=2.5"]),  # there is no room for its parent's 4
+        # diffai takes twice the same.
+        (
+            {"method": "ibp", "natural_weight": (1.0, 0.5)},
+            ["method=diffai", "natural_weight=[0.5, 0.5]"],
+        ),
+        # There is no room for the parent's.
+        ({"method": "advibp", "certified_epochs": 4.0}, ["epochs=3", "certified_epochs=2.5"]),
+        ({"method": "ibp", "milestones": (4.0,)}, ["epochs=3", "milestones=[]"]),
     ],
+    ids=["natural_weight", "certified_epochs", "milestones"],
 )
-def test_what_other_settings_ask_for_is_none_either(robust_app, train, method, settings):
-    length = {"certified_epochs": 4.0} if method == "advibp" else {"natural_weight": (1.0, 0.5)}
-    train("parent", full_strength(method, **length), "--stop-after", "1")
+def test_a_change_that_another_setting_needs_is_taken(robust_app, train, parent, settings):
+    train("parent", full_strength(**parent), "--stop-after", "1")
     sets = (f"--set={setting}" for setting in settings)
     outcome = robust_app("fork", "parent", "--run-dir", "fork", *sets)
     assert outcome[0] == 0, outcome
@@ -222,6 +229,8 @@ def test_a_parent_in_its_stages_keeps_them(robust_app, train):
     for setting in ("epochs=4", "stages=0", "stage_epochs=3"):
         outcome = robust_app("fork", "parent", "--run-dir", "no", "--set", setting)
         assert_refused(outcome, "a layer-wise stage has begun")
+    outcome = robust_app("fork", "parent", "--run-dir", "no", "--set", "learning_rate=1e-4")
+    assert_refused(outcome, "learning_rate: expected its parent's, 0.005, or what changes")
     options = ("--run-dir", "fork", "--set", "stage_learning_rate=1e-4")
     assert robust_app("fork", "parent", *options)[0] == 0
     assert [epoch["stage"] for epoch in train("fork").metrics()] == [0, 0, 0, 1, 1]

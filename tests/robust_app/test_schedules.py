@@ -13,7 +13,6 @@ from robust_app.schedules import (
     between,
     fosc_threshold,
     phase,
-    same_from,
     setting,
     smoothed_ramp,
     step_decay,
@@ -274,32 +273,3 @@ def test_every_stage_has_its_epochs(stages, stage_epochs, share):
     expected = [1 + index // stage_epochs for index in range(len(moments))]
     assert counts == expected
     assert config.total_epochs == config.epochs + len(moments)
-
-
-# --- Two of them
-
-
-TIMES = {
-    **{"ramp_epochs": 1.0, "fosc_decay_epochs": 3.0, "certified_epochs": 9.0},
-    **{"milestones": (16.0,), "first_batch_norm_frozen_from": 13.0, "stage_milestones": (2.0,)},
-}
-
-
-@given(
-    st.sampled_from(sorted(TIMES)), st.integers(-2, 2), st.sampled_from([0, 1]), st.integers(0, 39)
-)
-def test_they_are_the_same_from_a_time_on_if_they_are_at_every_moment_of_the_rest(
-    name, quarters, fosc_maximum, t
-):
-    one = dataclasses.replace(
-        recipes.load("mnist-dm-small-short"),
-        **{"epochs": 20, "stages": 4, "stage_epochs": 5},
-        **{"natural_epochs": 1.0, "adversarial_epochs": 1.5, "fosc_maximum": fosc_maximum},
-        **TIMES,
-    )
-    value = TIMES[name]
-    later = tuple(x + quarters / 4 for x in (value if isinstance(value, tuple) else (value,)))
-    other = dataclasses.replace(one, **{name: later if isinstance(value, tuple) else later[0]})
-    moments = [t + index / 16 for index in range(16 * (one.total_epochs - t))]
-    agree = all(setting(one, moment) == setting(other, moment) for moment in moments)
-    assert same_from(one, other, t) == agree
