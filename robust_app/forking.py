@@ -163,7 +163,6 @@ def _changed_in_vain(name: str, stored: Config, config: Config, done: int) -> bo
     """Whether a setting is not the parent's, though with the parent's all would go on alike."""
     try:
         kept = replace(config, **{name: getattr(stored, name)})
-        method_settings.check(kept)
         method_settings.check_changes(stored, kept)
     except UserError:
         return False  # what else was set asks for another
