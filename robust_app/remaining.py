@@ -69,7 +69,7 @@ def _turns(config: Config, t: float) -> Iterator[float]:
     """
     warm_up = config.natural_epochs + config.adversarial_epochs
     ramp_end = warm_up + config.ramp_epochs
-    yield from (warm_up, warm_up + config.certified_epochs)
+    yield from (config.natural_epochs, warm_up, warm_up + config.certified_epochs)
     yield from (ramp_end, ramp_end + config.fosc_decay_epochs)
     yield from (config.first_batch_norm_frozen_from, *config.milestones)
     in_progress = max(0, t - config.epochs) // config.stage_epochs
