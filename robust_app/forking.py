@@ -29,12 +29,15 @@ FIXED = {
     "natural_epochs": "all schedules count from their end",
     "adversarial_epochs": "all schedules count from their end",
     "reference_fan_in": "the optimizer's groups are made by it",
+}
+"""Settings that a fork has of its parent, and why."""
+OF_MOMENTS = {
     "authors_weights": "the optimizer's moments are of the parameters that it names",
     "moment_decay": "the optimizer's moments are kept by it",
 }
-"""Settings that a fork has of its parent, and why."""
-BEGUN = dict.fromkeys(("epochs", "stages", "stage_epochs"), "a layer-wise stage has begun")
-"""The same, of a parent that has."""
+"""The same, of a parent that has trained on two losses."""
+OF_STAGES = dict.fromkeys(("epochs", "stages", "stage_epochs"), "a layer-wise stage has begun")
+"""The same, of a parent that has begun one."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +79,21 @@ def plan(parent: RunDirectory, settings: Sequence[str]) -> Fork:
     try:
         done = training_state.epochs_done(state, stored.total_epochs)
         scale = training_state.learning_rate_scale(state)
-    except (LookupError, ValueError) as error:
+        weighed = training_state.has_moments(state)
+    except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({one_line(error)})") from error
     metrics = [line | {"taken_over": True} for line in parent.metrics()[:done]]
     if len(metrics) < done:
         raise UserError(f"{parent.metrics_file}: expected {done} epochs, found {len(metrics)}")
     config = overrides.override(stored, settings)
-    _check(stored, config, done)
+    _check(stored, config, done, weighed)
     # Of a parent that is about to go back, the last one is noted before the checkpoint has it.
     divergences = [line for line in parent.divergences() if line["learning_rate_scale"] >= scale]
     made = {"config": stored.to_toml(), "command": sys.argv}
     return Fork(
         config=config,
         parent=stored,
-        checkpoint=state | session.content(config),
+        checkpoint=training_state.with_decay(state, config.moment_decay) | session.content(config),
         done=done,
         learning_rate_scale=scale,
         metrics=metrics,
@@ -120,9 +124,17 @@ def write(fork: Fork, child: RunDirectory) -> None:
     child.write_config(fork.config)  # last: one that is broken off before is no run
 
 
-def _check(stored: Config, config: Config, done: int) -> None:
-    """See that a run can go on with another configuration after so many epochs."""
-    for name, why in (FIXED | (BEGUN if done > stored.epochs else {})).items():
+def _check(stored: Config, config: Config, done: int, weighed: bool) -> None:
+    """See that a run can go on with another configuration after so many epochs.
+
+    Args:
+        stored: of the run that is forked.
+        config: of the fork.
+        done: epochs.
+        weighed: whether its optimizer has moments of two losses.
+    """
+    fixed = FIXED | (OF_MOMENTS if weighed else {}) | (OF_STAGES if done > stored.epochs else {})
+    for name, why in fixed.items():
         was, now = getattr(stored, name), getattr(config, name)
         if was != now:
             fault = f"a fork keeps its parent's, {as_set(was)}: {why}; found {as_set(now)}"
@@ -130,7 +142,7 @@ def _check(stored: Config, config: Config, done: int) -> None:
     try:
         method_settings.check(config)
     except SettingError as error:
-        if error.setting in FIXED:
+        if error.setting in fixed:
             raise UserError(f"{error}, which a fork cannot change") from None
         raise
     method_settings.check_changes(stored, config)

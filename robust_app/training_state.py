@@ -34,6 +34,20 @@ def learning_rate_scale(state: Mapping[str, Any]) -> float:
     return scale
 
 
+def has_moments(state: Mapping[str, Any]) -> bool:
+    """Whether the optimizer has moments of the losses' gradients: two were trained on.
+
+    Raises:
+        LookupError, TypeError: it does not say.
+    """
+    return state["optimizer"]["moments"] is not None
+
+
+def with_decay(state: Mapping[str, Any], decay: tuple[float, float]) -> dict[str, Any]:
+    """The same, for an optimizer whose moments decay by (β₁, β₂); what is in them stays."""
+    return {**state, "optimizer": state["optimizer"] | {"moment_decay": list(decay)}}
+
+
 def restore_adam(optimizer: Optimizer, saved: Any) -> None:
     """Load the state of Adam, or of what wraps it, and keep the options.
 

@@ -104,6 +104,21 @@ def test_a_fork_ends_as_the_run_that_had_its_settings_all_along(robust_app, trai
     assert not torch.equal(network_of(forked)[1], network_of(train("parent"))[1])
 
 
+@pytest.mark.parametrize(
+    ("setting", "change"),
+    [
+        ("authors_weights=true", {"authors_weights": True}),
+        ("moment_decay=[0.5, 0.6]", {"moment_decay": (0.5, 0.6)}),
+    ],
+)
+def test_what_makes_the_moments_may_change_before_there_are_any(robust_app, train, setting, change):
+    train("parent", certified_first(), "--stop-after", "2")
+    assert robust_app("fork", "parent", "--run-dir", "fork", "--set", setting)[0] == 0
+    forked = train("fork")
+    assert_same(forked, train("whole", certified_first(**change)))
+    assert not torch.equal(network_of(forked)[1], network_of(train("parent"))[1])
+
+
 def test_without_changes_it_goes_on_as_its_parent_does(robust_app, train, parent):
     status, out, _ = robust_app("fork", "parent")
     assert (status, "(nothing changed)" in out) == (0, True)
@@ -262,11 +277,14 @@ def test_a_parent_without_what_it_takes_is_refused(robust_app, parent):
     assert_refused(robust_app("fork", "parent"), "metrics.jsonl: expected 2 epochs, found 1")
     parent.write_metrics(whole)
     saved = checkpoint.load(parent.checkpoint_file)
-    for damage in ({"epochs_done": "two"}, {"epochs_done": 9}):
+    for damage, words in (
+        ({"epochs_done": "two"}, "epochs_done: expected"),
+        ({"epochs_done": 9}, "epochs_done: expected"),
+        ({"optimizer": {}}, "'moments'"),
+        ({"optimizer": None}, "'NoneType' object is not subscriptable"),
+    ):
         checkpoint.save(saved | damage, parent.checkpoint_file)
-        assert_refused(
-            robust_app("fork", "parent"), "checkpoint.pt: damaged (epochs_done: expected"
-        )
+        assert_refused(robust_app("fork", "parent"), f"checkpoint.pt: damaged ({words}")
     other = short_config(learning_rate=0.5).to_toml()
     checkpoint.save(saved | {"config": other}, parent.checkpoint_file)
     assert_refused(robust_app("fork", "parent"), "checkpoint.pt: made with another configuration")
