@@ -63,8 +63,8 @@ LATER = Rule("a number of at least 1, or inf", lambda v: _within(v, 1, math.inf)
 LIMIT = Rule("a number above 0, or inf", lambda v: _within(v, _TINY, math.inf), float)
 NONNEGATIVE = Rule("a number from 0 to 3.4e38", lambda v: _within(v, 0, _HUGE), float)
 NONNEGATIVES = Rule(
-    "a list of numbers from 0 to 3.4e38",
-    lambda v: isinstance(v, _LIST) and all(_within(x, 0, _HUGE) for x in v),
+    "a list of at most 1000 numbers from 0 to 3.4e38",  # so that a run's config.toml can be read
+    lambda v: isinstance(v, _LIST) and len(v) <= 1000 and all(_within(x, 0, _HUGE) for x in v),
     _floats,
 )
 POSITIVE_PAIR = Rule(
@@ -137,8 +137,8 @@ class Config:
         crop_padding: zeros around an image that is cropped at random.
         horizontal_flip: flip with probability ½; not for digits, which become other symbols.
         precision: of the products in training, ``float32``, ``tf32`` (on a GPU) or ``bf16``; all
-            else is float32, with ``bf16`` the products of the first layer that trains too, and so
-            is whatever measures or certifies.
+            else is float32, with ``bf16`` the products of the first layer that trains too if it
+            is not the only one, and so is whatever measures or certifies.
         held_out: number of training images set aside to choose the best epoch by.
         pgd_steps, pgd_restarts: strength of the attack in the final evaluation.
         seed: of initialisation, order of the examples, augmentation and attacks.

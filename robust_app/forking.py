@@ -17,6 +17,7 @@ from robust_app import (
 from robust_app.config import Config, as_set
 from robust_app.errors import SettingError, UserError, one_line
 from robust_app.run_directory import RunDirectory
+from robust_app.schedules import setting
 
 FIXED = {
     "dataset": "the network was trained on it",
@@ -35,8 +36,8 @@ OF_MOMENTS = {
     "authors_weights": "the optimizer's moments are of the parameters that it names",
     "moment_decay": "the optimizer's moments are kept by it",
 }
-"""The same, of a parent that has trained on two losses."""
-OF_STAGES = dict.fromkeys(("epochs", "stages", "stage_epochs"), "a layer-wise stage has begun")
+"""The same, where the next epoch goes on with moments of two losses."""
+OF_STAGES = dict.fromkeys(("epochs", "stage_epochs"), "a layer-wise stage has begun")
 """The same, of a parent that has begun one."""
 
 
@@ -79,21 +80,25 @@ def plan(parent: RunDirectory, settings: Sequence[str]) -> Fork:
     try:
         done = training_state.epochs_done(state, stored.total_epochs)
         scale = training_state.learning_rate_scale(state)
-        weighed = training_state.has_moments(state)
+        has_moments = training_state.has_moments(state)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({one_line(error)})") from error
     metrics = [line | {"taken_over": True} for line in parent.metrics()[:done]]
     if len(metrics) < done:
         raise UserError(f"{parent.metrics_file}: expected {done} epochs, found {len(metrics)}")
     config = overrides.override(stored, settings)
+    # A stage begins with an optimizer of its own.
+    weighed = has_moments and setting(config, done).stage == setting(config, done - 1).stage
     _check(stored, config, done, weighed)
+    if not weighed:
+        state = training_state.without_moments(state, config.moment_decay)
     # Of a parent that is about to go back, the last one is noted before the checkpoint has it.
     divergences = [line for line in parent.divergences() if line["learning_rate_scale"] >= scale]
     made = {"config": stored.to_toml(), "command": sys.argv}
     return Fork(
         config=config,
         parent=stored,
-        checkpoint=training_state.with_decay(state, config.moment_decay) | session.content(config),
+        checkpoint=state | session.content(config),
         done=done,
         learning_rate_scale=scale,
         metrics=metrics,
@@ -131,7 +136,7 @@ def _check(stored: Config, config: Config, done: int, weighed: bool) -> None:
         stored: of the run that is forked.
         config: of the fork.
         done: epochs.
-        weighed: whether its optimizer has moments of two losses.
+        weighed: whether the next epoch goes on with moments of two losses.
     """
     fixed = FIXED | (OF_MOMENTS if weighed else {}) | (OF_STAGES if done > stored.epochs else {})
     for name, why in fixed.items():
@@ -154,12 +159,13 @@ def _check(stored: Config, config: Config, done: int, weighed: bool) -> None:
             f"a fork keeps what verifies the held-out images, {was}: their errors so far "
             f"are by it; found {now}",
         )
-    if config.epochs < done <= stored.epochs or config.total_epochs <= done:
-        found = config.epochs if done <= stored.epochs else config.total_epochs
+    more = "epochs" if done <= stored.epochs else "stages"
+    if config.total_epochs <= done or (more == "epochs" and config.epochs < done):
         raise SettingError(
-            "epochs",
-            f"expected more than the {done} that are done, found {found} (a fork begins "
-            "after a run's last epoch: give it more epochs, or fork a run that is paused before)",
+            more,
+            f"expected enough for more than the {done} epochs that are done, found "
+            f"{getattr(config, more)} (a fork begins after a run's last epoch: give it more "
+            f"{more}, or fork a run that is paused before)",
         )
     for name in remaining.SCHEDULED:
         if _changed_in_vain(name, stored, config, done):

@@ -77,7 +77,8 @@ def with_epochs(config: Config, epochs: int) -> Config:
     """The config with its whole schedule stretched or shrunk to a run of ``epochs`` epochs.
 
     Every duration and milestone keeps its share of the run; layer-wise stages, which come after
-    these epochs, are stretched alike, to a whole number of epochs each.
+    these epochs, are stretched alike, to a whole number of epochs each, and their milestones keep
+    their shares of that.
 
     >>> from robust_app import recipes
     >>> short = with_epochs(recipes.load("mnist-dm-small"), 25)
@@ -94,9 +95,11 @@ def with_epochs(config: Config, epochs: int) -> Config:
     phases = ("natural_epochs", "adversarial_epochs", "certified_epochs")
     durations = (*phases, "ramp_epochs", "fosc_decay_epochs")
     changes: dict[str, Any] = {name: scaled(getattr(config, name)) for name in durations}
-    for name in ("milestones", "stage_milestones"):
-        changes[name] = tuple(map(scaled, getattr(config, name)))
+    changes["milestones"] = tuple(map(scaled, config.milestones))
     # No sooner than there are statistics.
     changes["first_batch_norm_frozen_from"] = max(1.0, scaled(config.first_batch_norm_frozen_from))
-    changes["stage_epochs"] = max(1, round(scaled(config.stage_epochs)))
+    stage = changes["stage_epochs"] = max(1, round(scaled(config.stage_epochs)))
+    changes["stage_milestones"] = tuple(
+        milestone * stage / config.stage_epochs for milestone in config.stage_milestones
+    )
     return dataclasses.replace(config, epochs=epochs, **changes)

@@ -1,7 +1,7 @@
 """What floating-point format the products of a training step are taken in.
 
 Parameters, moments, Adam, FOSC, cross entropies and all that measures or certifies are float32, and
-with ``bf16`` the products of the first of the layers that train too.
+with ``bf16`` the products of the first of the layers that train too, where there are several.
 """
 
 from collections.abc import Callable, Iterator

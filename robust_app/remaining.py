@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 from robust_app import methods
 from robust_app.config import Config
@@ -56,10 +57,19 @@ def same_from(one: Config, other: Config, t: float) -> bool:
 
 
 def _read(config: Config, t: float) -> Setting:
-    """The schedules at t; c_t only where an oracle asks for it."""
-    now = setting(config, t)
-    asked = now.phase is Phase.MAIN and methods.find(config.method).rule is methods.paper_rule
-    return now if asked else replace(now, fosc_threshold=0.0)
+    """The schedules at t, 0 where neither a loss nor an oracle reads them."""
+    now, method = setting(config, t), methods.find(config.method)
+    losses = methods.losses_of(method, now.phase)
+    boxes = "certified" in losses or "mixed" in losses
+    read = {
+        "epsilon": losses != ("natural",),
+        "fosc_threshold": now.phase is Phase.MAIN and method.rule is methods.paper_rule,
+        "natural_weight": "mixed" in losses,
+        "crown_share": boxes and method.crown,
+        "box_regularizers": boxes,
+    }
+    unread: dict[str, Any] = {name: 0.0 for name, so in read.items() if not so}
+    return replace(now, **unread)
 
 
 def _turns(config: Config, t: float) -> Iterator[float]:

@@ -1,6 +1,7 @@
 """The files of one training run; each is replaced whole, so that none is ever half written."""
 
 import json
+import os
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ class RunDirectory:
     def data_root(self) -> Path | None:
         """Where the run found its data when it was last started, if it was told."""
         roots = [made["data_root"] for made in self.environments() if made["data_root"]]
-        if not all(isinstance(root, str) and root.isprintable() for root in roots):
+        if not all(map(_is_path, roots)):
             raise UserError(f"{self.environment_file}: damaged (a data_root that is no path)")
         return Path(roots[-1]) if roots else None
 
@@ -207,6 +208,13 @@ def next_free(parent: Path, name: str) -> Path:
     except OSError as error:
         raise UserError(f"--run-dir: needed, {path.name} is no name ({reason(error)})") from error
     return path
+
+
+def _is_path(value: object) -> bool:
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _json(content: Any, indent: int | None = None) -> str:

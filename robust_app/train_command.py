@@ -26,7 +26,7 @@ from robust_app.capture import EXECUTIONS
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import ProcessLost, World
-from robust_app.errors import UserError, unknown
+from robust_app.errors import UserError, one_line, unknown
 from robust_app.events import summary_writer
 from robust_app.examination import Examination
 from robust_app.interruption import Terminated
@@ -209,5 +209,8 @@ def _requested(
     kind, colon, path = config.dataset.partition(":")
     if not colon:
         return config
-    # The run must find its data again from another folder.
-    return dataclasses.replace(config, dataset=f"{kind}:{Path(path).expanduser().resolve()}")
+    try:  # The run must find its data again from another folder.
+        found = Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"dataset: {config.dataset}: no such path ({one_line(error)})") from error
+    return dataclasses.replace(config, dataset=f"{kind}:{found}")

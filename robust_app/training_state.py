@@ -43,9 +43,10 @@ def has_moments(state: Mapping[str, Any]) -> bool:
     return state["optimizer"]["moments"] is not None
 
 
-def with_decay(state: Mapping[str, Any], decay: tuple[float, float]) -> dict[str, Any]:
-    """The same, for an optimizer whose moments decay by (β₁, β₂); what is in them stays."""
-    return {**state, "optimizer": state["optimizer"] | {"moment_decay": list(decay)}}
+def without_moments(state: Mapping[str, Any], decay: tuple[float, float]) -> dict[str, Any]:
+    """The same before the first joint step of an optimizer whose moments decay by (β₁, β₂)."""
+    none = {"moments": None, "moment_decay": list(decay)}
+    return {**state, "optimizer": state["optimizer"] | none}
 
 
 def restore_adam(optimizer: Optimizer, saved: Any) -> None:

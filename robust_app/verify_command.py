@@ -43,8 +43,9 @@ def verify(
         dataset = data.load(config.dataset, data_root or directory.data_root(), download)
         dataset = dataset.to(world.device)
         verify_run.check_data(directory, dataset)
-        networks = verify_run.load_networks(directory, dataset)
-        verify_run.check_files(directory, networks)
+        kept = verify_run.load_networks(directory, dataset)
+        verify_run.check_files(directory, kept)
+        networks = dict(kept.values())
         console = reporting.console()
         progress = partial(reporting.evaluating, console)
         claims = [

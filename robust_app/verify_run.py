@@ -21,8 +21,11 @@ from robust_app.run_directory import RunDirectory
 
 FIGURES = ("standard_error", "pgd_error", "verified_error", "certified", "falsified", "undecided")
 
+Kept = Mapping[str, tuple[int, nn.Module]]
+"""The networks of a run by their names, ``best``, ``last`` or ``stage-S``, with their epochs."""
+
 Networks = Mapping[int, nn.Module]
-"""Those that a run keeps, by their epoch."""
+"""The same by their epochs."""
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """What to tell of the images that were done, given a name and their number."""
@@ -68,7 +71,7 @@ def check_data(directory: RunDirectory, dataset: Dataset) -> None:
         )
 
 
-def check_files(directory: RunDirectory, networks: Networks) -> None:
+def check_files(directory: RunDirectory, kept: Kept) -> None:
     """See that the files of a run are whole and belong to one another, its networks among them.
 
     Raises:
@@ -94,26 +97,36 @@ def check_files(directory: RunDirectory, networks: Networks) -> None:
         )
     if lost := session.lost_best(directory):
         raise UserError(lost)
-    best = session.best_epoch(metrics[:done])
-    if best is not None and networks.keys() != {best, done}:
-        found = " and ".join(map(str, sorted(networks)))
-        raise UserError(
-            f"{directory.path}: expected the networks of epochs {best} and {done} in best.pt and "
-            f"last.pt, found {found}; if the run was broken off, train --resume makes them"
-        )
+    config = directory.config()
+    ended = (done - config.epochs) // config.stage_epochs + 1 if config.stages else 0
+    stages = {f"stage-{s}": config.epochs + s * config.stage_epochs for s in range(ended)}
+    expected = {"best": session.best_epoch(metrics[:done]), "last": done}
+    expected |= {name: epoch for name, epoch in stages.items() if epoch >= taken_over}
+    for name in {**expected, **kept}:
+        epoch, found = expected.get(name), kept[name][0] if name in kept else None
+        if found != epoch:
+            raise UserError(
+                f"{directory.path / name}.pt: expected {_network_of(epoch)}, found "
+                f"{_network_of(found)}; if the run was broken off, train --resume makes it"
+            )
 
 
-def load_networks(directory: RunDirectory, dataset: Dataset) -> Networks:
-    """The best and the last network of a run.
+def _network_of(epoch: int | None) -> str:
+    return "none" if epoch is None else f"the network of epoch {epoch}"
+
+
+def load_networks(directory: RunDirectory, dataset: Dataset) -> Kept:
+    """The networks that a run keeps: the best, the last, and those of ended stages.
 
     Raises:
         UserError: if a file is damaged or of another network, or there is none.
     """
     names = [name for name in ("best", "last") if (directory.path / f"{name}.pt").exists()]
+    names += sorted(path.stem for path in directory.path.glob("stage-*.pt"))
     if not names:
         raise UserError(f"{directory.path}: nothing to verify, no network is saved")
-    loaded = (session.load_network(directory, dataset, name) for name in names)
-    return {epoch: network for network, epoch in loaded}
+    loaded = {name: session.load_network(directory, dataset, name) for name in names}
+    return {name: (epoch, network) for name, (network, epoch) in loaded.items()}
 
 
 def of_held_out_images(

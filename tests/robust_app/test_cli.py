@@ -615,6 +615,11 @@ def test_damaged_records_are_refused_and_kept(robust_app, finished_run, name, da
     assert (finished_run / name).read_text() == text
 
 
+def test_a_home_that_nobody_has_is_refused_in_one_line(robust_app):
+    outcome = robust_app("train", *QUICK, "--set", "dataset=npz:~nobody-of-that-name/x.npz")
+    assert_refused(outcome, "dataset: npz:~nobody-of-that-name/x.npz: no such path")
+
+
 def test_the_data_are_looked_for_where_they_were(robust_app, tmp_path):
     arguments = (*QUICK, "--stop-after", "1", "--run-dir", "run")
     robust_app("train", *arguments, "--data-root", tmp_path / "data")

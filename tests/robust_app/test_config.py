@@ -11,6 +11,7 @@ from robust_app.config import Config
 from robust_app.errors import UserError, shown, unknown
 from robust_app.overrides import fraction, override, with_epochs
 from robust_app.precision import PRECISIONS
+from robust_app.run_directory import RunDirectory
 
 DIGITS = recipes.load("digits")
 RECIPES = {recipes.load(name) for name in recipes.names() if "-table-f-" not in name}
@@ -115,9 +116,10 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("learning_rate", 1e31, "a number above 0, up to 1e30"),
         ("learning_rate", math.inf, "a number above 0, up to 1e30"),
         ("learning_rate", 10**400, "a number above 0, up to 1e30"),
-        ("milestones", 30, "a list of numbers from 0 to 3.4e38"),
-        ("milestones", [30, -1], "a list of numbers from 0 to 3.4e38"),
-        ("milestones", [math.inf], "a list of numbers from 0 to 3.4e38"),
+        ("milestones", 30, "a list of at most 1000 numbers from 0 to 3.4e38"),
+        ("milestones", [30, -1], "a list of at most 1000 numbers from 0 to 3.4e38"),
+        ("milestones", [math.inf], "a list of at most 1000 numbers from 0 to 3.4e38"),
+        ("milestones", [1] * 1001, "a list of at most 1000 numbers from 0 to 3.4e38"),
         ("learning_rate_factor", 0, "a number in (0, 1]"),
         ("learning_rate_factor", 4, "a number in (0, 1]"),
         ("natural_epochs", -1, "a number from 0 to 3.4e38"),
@@ -152,7 +154,7 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("stages", 1.5, "an integer of at least 0, of 64 bits"),
         ("stage_epochs", 0, "an integer of at least 1, of 64 bits"),
         ("stage_learning_rate", 0, "a number above 0, up to 1e30"),
-        ("stage_milestones", [-1], "a list of numbers from 0 to 3.4e38"),
+        ("stage_milestones", [-1], "a list of at most 1000 numbers from 0 to 3.4e38"),
         ("crop_padding", -1, "an integer of at least 0, of 64 bits"),
         ("first_batch_norm_frozen_from", 0.5, "a number of at least 1, or inf"),
         ("first_batch_norm_frozen_from", math.nan, "a number of at least 1, or inf"),
@@ -326,8 +328,26 @@ def test_with_epochs_stretches_the_stages_to_whole_epochs():
     half = with_epochs(long, 125)
     assert (half.stages, half.stage_epochs, half.stage_milestones) == (2, 15, (5.0, 10.0))
     assert half.total_epochs == 125 + 2 * 15
-    assert with_epochs(long, 1).stage_epochs == 1  # never none
     assert half.stage_learning_rate == long.stage_learning_rate
+
+
+@given(st.integers(1, 1000))
+def test_with_epochs_keeps_the_shares_of_a_stage(epochs):
+    config = dataclasses.replace(DIGITS, stage_epochs=30, stage_milestones=(10.0, 20.0))
+    changed = with_epochs(config, epochs)
+    assert changed.stage_epochs == max(1, round(30 * epochs / DIGITS.epochs))  # never none
+    shares = [milestone / changed.stage_epochs for milestone in changed.stage_milestones]
+    assert shares == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_the_longest_lists_can_be_written_and_read(tmp_path):
+    numbers = [math.nextafter(3e37, math.inf) * (1 + i / 1000) for i in range(1000)]
+    both = {"milestones": numbers, "stage_milestones": numbers}
+    config = dataclasses.replace(DIGITS, **both)
+    directory = RunDirectory(tmp_path)
+    directory.write_config(config)
+    assert directory.config() == config
+    assert override(DIGITS, [f"{name}={numbers}" for name in both]) == config
 
 
 @pytest.mark.parametrize("epochs", [0, -3, 2.5])

@@ -147,7 +147,8 @@ def test_a_run_that_is_done_trains_for_longer(robust_app, train):
     stages = ("--set", "stages=3", "--set", "stage_epochs=2", "--set", "stage_milestones=[]")
     for options, found in (((), 3), (fewer, 2), ((*fewer, *stages), 2)):
         outcome = robust_app("fork", "parent", "--run-dir", "fork", *options)
-        assert_refused(outcome, f"epochs: expected more than the 3 that are done, found {found}")
+        words = f"epochs: expected enough for more than the 3 epochs that are done, found {found}"
+        assert_refused(outcome, words, "give it more epochs")
     assert not Path("fork/config.toml").exists()
     assert robust_app("fork", "parent", "--run-dir", "more", "--set", "epochs=5")[0] == 0
     more = train("more")
@@ -241,9 +242,11 @@ def test_a_change_that_another_setting_needs_is_taken(robust_app, train, parent,
 
 def test_a_parent_in_its_stages_keeps_them(robust_app, train):
     train("parent", short_config(**STAGES), "--stop-after", "4")
-    for setting in ("epochs=4", "stages=0", "stage_epochs=3"):
+    for setting in ("epochs=4", "stage_epochs=3"):
         outcome = robust_app("fork", "parent", "--run-dir", "no", "--set", setting)
         assert_refused(outcome, "a layer-wise stage has begun")
+    outcome = robust_app("fork", "parent", "--run-dir", "no", "--set", "stages=0")
+    assert_refused(outcome, "stages: expected enough for more than the 4 epochs", "found 0")
     outcome = robust_app("fork", "parent", "--run-dir", "no", "--set", "learning_rate=1e-4")
     assert_refused(outcome, "learning_rate: expected its parent's, 0.005, or what changes")
     options = ("--run-dir", "fork", "--set", "stage_learning_rate=1e-4")
@@ -262,6 +265,32 @@ def test_a_run_that_is_done_is_followed_by_stages(robust_app, train):
     assert [line["stage"] for line in fork.metrics()] == [0, 0, 0, 1, 1]
     whole = short_config(**STAGES, stage_milestones=(1.0,))
     assert_same(fork, train("whole", whole, *fewer))
+
+
+def test_a_run_whose_stages_are_done_is_followed_by_more(robust_app, train):
+    few = ("--set", "pgd_steps=1")
+    train("parent", short_config(**STAGES), *few)
+    assert_refused(
+        robust_app("fork", "parent"),
+        "stages: expected enough for more than the 5 epochs that are done, found 1",
+        "give it more stages",
+    )
+    assert robust_app("fork", "parent", "--run-dir", "fork", "--set", "stages=2")[0] == 0
+    fork = train("fork")
+    assert_same(fork, train("whole", short_config(**STAGES | {"stages": 2}), *few))
+    # The networks of epochs that were taken over are the parent's, but for the one it begins with.
+    assert sorted(file.name for file in fork.path.glob("stage-*")) == ["stage-1.pt", "stage-2.pt"]
+    assert robust_app("verify-run", "fork")[0] == 0
+
+
+@pytest.mark.parametrize("setting", ["authors_weights=true", "moment_decay=[0.5, 0.6]"])
+def test_what_makes_the_moments_may_change_where_a_stage_begins(robust_app, train, setting):
+    train("parent", short_config(**STAGES), "--stop-after", "3")
+    assert robust_app("fork", "parent", "--run-dir", "fork", "--set", setting)[0] == 0
+    assert robust_app("fork", "parent", "--run-dir", "same")[0] == 0
+    fork, same, parent = (train(name) for name in ("fork", "same", "parent"))
+    assert_same(same, parent)
+    assert not torch.equal(network_of(fork)[1], network_of(parent)[1])
 
 
 def test_nothing_is_overwritten(robust_app, parent):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from robust_app import archives, checkpoint, data, documents, recipes
+from robust_app import archives, checkpoint, data, documents, environment, recipes
 from robust_app.config import Config
 from robust_app.errors import UserError, one_line, shown, unknown
 from robust_app.exchange import outside, reading
@@ -224,12 +224,27 @@ def test_toml_beyond_the_bounds_is_refused(tmp_path, text):
         assert len(str(caught.value)) < 1000
 
 
-def test_a_long_list_on_one_line_is_refused_with_what_to_do():
-    numbers = [f"{i}.5" for i in range(documents.DOTS + 1)]
-    with pytest.raises(ValueError, match="divide a long list into several lines"):
-        documents.parse_toml(f"a = [{', '.join(numbers)}]")
-    divided = ",\n".join(numbers)
-    assert documents.parse_toml(f"a = [{divided}]") == {"a": [float(n) for n in numbers]}
+@pytest.mark.parametrize(
+    "part", ["a", "1", "é", "'x y'", "'a,'", '"a\\"b"', '"a.b"', "''"], ids=lambda part: part
+)
+@pytest.mark.parametrize("dot", [".", " . ", "\t."])
+@pytest.mark.parametrize("place", ["{} = 1", "[{}]", "[[{}]]", "a = {{b = 1, {} = 2}}", "#\n {}=1"])
+def test_a_key_of_too_many_parts_is_refused_before_it_is_parsed(part, dot, place):
+    key = dot.join([part] * (documents.KEY_PARTS + 1))
+    with pytest.raises(ValueError, match="a key of more than 100 parts"):
+        documents.parse_toml(place.format(key))
+
+
+def test_lists_may_be_long():
+    numbers = [i + 0.5 for i in range(5000)]
+    assert documents.parse_toml(f"a = {numbers}") == {"a": numbers}
+
+
+@pytest.mark.parametrize("text", ["a", "'", '"', '"\\"', "a.", "1.", "a ", '"a', ". ", "a.b, "])
+def test_what_is_no_key_is_refused_too(text):
+    """At once: in a time that grows with the square of the length these would be minutes."""
+    with pytest.raises(ValueError, match=r"\S"):
+        documents.parse_toml(text * (documents.TOML_SIZE // len(text)))
 
 
 @pytest.mark.parametrize(
@@ -295,12 +310,19 @@ def test_metrics_that_are_no_numbers_are_refused(tmp_path, change):
         directory.metrics()
 
 
-@pytest.mark.parametrize("root", ["3", '"a\\nb"', '["a"]'])
+@pytest.mark.parametrize("root", ["3", '"a\\u0000b"', '"\\ud800"', '["a"]'])
 def test_a_place_of_data_that_is_no_path_is_refused(tmp_path, root):
     text = f'[{{"device": "cpu", "data_root": {root}}}]'
     (tmp_path / "environment.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"environment\.json: damaged"):
         RunDirectory(tmp_path).data_root()
+
+
+@pytest.mark.parametrize("name", ["a\u00a0b", "a\nb", "a\udcffb"])
+def test_a_place_of_data_may_have_any_name(tmp_path, name):
+    directory = RunDirectory(tmp_path)
+    directory.add_environment(environment.describe(ALONE.device, 1, 0, tmp_path / name))
+    assert directory.data_root() == tmp_path / name
 
 
 def test_a_place_of_data_with_too_long_a_name_is_refused(tmp_path):

@@ -94,6 +94,18 @@ def test_a_configuration_that_a_method_would_ignore_is_refused(changes, message)
             "natural_weight: expected [1, 0.5] for weighted-sum, found [1, 0]",
         ),
         (
+            "natural",
+            {"method": "fgsm"},
+            {"epsilon": 0.3},
+            "epsilon: expected 0.1 for natural, found 0.3",
+        ),
+        (
+            "natural",
+            {"method": "fgsm"},
+            {"ramp_epochs": 1.0},
+            "ramp_epochs: expected 15 for natural, found 1",
+        ),
+        (
             "advibp",
             {"augment": True},
             {"crop_padding": 2},

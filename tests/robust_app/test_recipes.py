@@ -264,6 +264,8 @@ def test_the_authors_schedule_does_what_their_code_does(name, warm_up):
     assert authors.one_start_per_batch
     # Their FOSC is of the batch-mean loss's gradient: 1/256 of the paper's.
     assert authors.fosc_maximum == pytest.approx(256 * 1e-4)
+    smaller = recipes.load("mnist-dm-small-0.1-advibp-authors")
+    assert smaller.fosc_maximum == pytest.approx(256 * 1e-5)
     fields = ("natural_epochs", "adversarial_epochs", "certified_epochs", "authors_weights")
     changed = (*fields, "one_start_per_batch", "fosc_maximum")
     same = {field: getattr(paper, field) for field in changed}

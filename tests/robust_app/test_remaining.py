@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from robust_app import methods, recipes
 from robust_app.config import Config
 from robust_app.remaining import SCHEDULED, same_from
 from robust_app.schedules import Phase, setting
+from tests.robust_app.test_steps import losses_of, small_batch, small_network
 
 RUN = dataclasses.replace(
     recipes.load("mnist-dm-small-short"),
@@ -50,8 +52,12 @@ def moments() -> list[float]:
 def test_it_is_the_same_if_it_is_at_every_moment(method, beside):
     def read(config: Config, moment: float) -> object:
         now = setting(config, moment)
-        oracle = method == "advibp" and now.phase is Phase.MAIN
-        return now if oracle else dataclasses.replace(now, fosc_threshold=0.0)
+        unread = {"natural_weight", "crown_share"}
+        if now.phase in (Phase.NATURAL, Phase.ADVERSARIAL):
+            unread.add("box_regularizers")
+        if method != "advibp" or now.phase is not Phase.MAIN:
+            unread.add("fosc_threshold")
+        return {k: v for k, v in dataclasses.asdict(now).items() if k not in unread}
 
     one = dataclasses.replace(RUN, method=method, **beside)
     for change in changes(one):
@@ -82,6 +88,49 @@ def test_only_the_papers_rule_asks_an_oracle():
         if not same_from(one, dataclasses.replace(one, fosc_maximum=0.5), 12):
             asking.add(name)
     assert asking == {"advibp", "advcrown-ibp"}
+
+
+class Spy:
+    """Shares of which it is noted who is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def __getattr__(self, name: str) -> float:
+        self.asked.add(name)
+        return 0.5
+
+
+@pytest.mark.parametrize("phase", list(Phase), ids=lambda phase: phase.value)
+@pytest.mark.parametrize("name", list(methods.METHODS))
+def test_what_the_losses_read_counts_and_nothing_else(name, phase):
+    method, spy = methods.METHODS[name], Spy()
+    losses, of = losses_of(small_network(), name), methods.losses_of(method, phase)
+    values = [
+        torch.stack([loss.detach() for loss in losses.of(of, small_batch(epsilon), spy)])
+        for epsilon in (0.1, 0.2)
+    ]
+    asked = spy.asked | ({"epsilon"} if not torch.equal(*values) else set())
+    whole = {"natural": "natural_epochs", "adversarial": "adversarial_epochs"}
+    length = whole.get(phase.value, "certified_epochs" if phase is Phase.CERTIFIED else "")
+    lengths = dict.fromkeys(("natural_epochs", "adversarial_epochs", "certified_epochs"), 0.0)
+    # The ramp goes on throughout, but in a warm-up.
+    ramp = 0.0 if phase.value in whole else 20.0
+    one = dataclasses.replace(
+        RUN, method=name, stages=0, ramp_epochs=ramp, **lengths | ({length: 20.0} if length else {})
+    )
+    others = {
+        "epsilon": 0.2,
+        "natural_weight": (0.75, 0.25),
+        "crown_share": (0.75, 0.25),
+        "box_regularizers": 2.0,
+    }
+    counting = {
+        setting
+        for setting, value in others.items()
+        if not same_from(one, dataclasses.replace(one, **{setting: value}), 0)
+    }
+    assert counting == asked
 
 
 def test_a_run_may_end_with_its_warm_up():

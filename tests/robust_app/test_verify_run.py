@@ -83,6 +83,59 @@ def test_a_run_as_it_was_made_agrees_in_every_figure(robust_app, run):
     assert {file.name: file.read_bytes() for file in run.path.iterdir()} == before
 
 
+@pytest.fixture
+def staged(robust_app, run):
+    """A run with layer-wise stages; two of the three have ended."""
+    data = run.config().dataset
+    options = ("--set", f"dataset={data}", "--set", "held_out=20", "--run-dir", "staged")
+    stages = ("stages=3", "stage_epochs=1", "stage_milestones=[]")
+    given = (f"--set={setting}" for setting in ("batch_size=20", *stages))
+    assert robust_app("train", *TRAIN, *options, *given, "--stop-after", "5")[0] == 0
+    return RunDirectory(run.path.parent / "staged")
+
+
+def test_networks_of_stages_are_measured_too(robust_app, staged):
+    names = ("best", "last", "stage-0", "stage-1", "stage-2")
+    kept = {checkpoint.load(staged.path / f"{name}.pt")["epoch"] for name in names}
+    assert {3, 4, 5} <= kept
+    status, out, _ = robust_app("verify-run", "staged")
+    assert (status, f"{2 * len(kept)} figures compared: none differ\n" in out) == (0, True)
+    saved = checkpoint.load(staged.stage_file(1))
+    shutil.copy(staged.stage_file(2), staged.stage_file(1))
+    words = "stage-1.pt: expected the network of epoch 4, found the network of epoch 5"
+    assert_refused(robust_app("verify-run", "staged"), words)
+    final = [key for key in saved["network"] if key.endswith("weight")][-1]
+    saved["network"][final].neg_()
+    checkpoint.save(saved, staged.stage_file(1))
+    assert robust_app("verify-run", "staged")[0] == 1
+    staged.stage_file(1).unlink()
+    words = "stage-1.pt: expected the network of epoch 4, found none"
+    assert_refused(robust_app("verify-run", "staged"), words)
+
+
+def test_exchanged_networks_are_noticed(robust_app, run):
+    relabel(run.best_file, epoch=1)
+    metrics = run.metrics()
+    metrics[0] |= {"verified_error": 0.0}
+    run.write_metrics(metrics)
+    best, last = run.best_file.read_bytes(), run.last_file.read_bytes()
+    run.best_file.write_bytes(last)
+    run.last_file.write_bytes(best)
+    words = "best.pt: expected the network of epoch 1, found the network of epoch 3"
+    assert_refused(robust_app("verify-run", "run"), words)
+
+
+def test_the_last_network_is_that_of_the_last_epoch_where_nothing_is_held_out(robust_app, run):
+    options = ("--set", f"dataset={run.config().dataset}", "--set", "held_out=0")
+    made = robust_app("train", *TRAIN, *options, "--set", "batch_size=20", "--run-dir", "all")
+    assert made[0] == 0, made
+    directory = RunDirectory(run.path.parent / "all")
+    assert robust_app("verify-run", "all")[0] == 0
+    relabel(directory.last_file, epoch=2)
+    words = "last.pt: expected the network of epoch 3, found the network of epoch 2"
+    assert_refused(robust_app("verify-run", "all"), words)
+
+
 def test_a_figure_that_is_not_so_is_told_with_its_distance(robust_app, run):
     rewrite(run, "environment.json", lambda made: made.update(commit="1a2b"))
     rewrite(run, "results.json", lambda entry: entry["environment"].update(commit="1a2b"))
@@ -195,6 +248,7 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
     assert out.count("this network is not kept") == 6 * len(run.results())
     measured = dict.fromkeys(("standard_error", "verified_error"))
     run.write_metrics([line | measured for line in run.metrics()])  # so that nothing is left
+    run.best_file.unlink()
     assert_refused(robust_app("verify-run", "run"), "nothing to verify")
 
 
@@ -259,12 +313,20 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
         ),
         (
             lambda run: relabel(run.best_file, epoch=99),
-            ("run: expected the networks of epochs", "and 3 in best.pt and last.pt", "and 99;"),
+            ("best.pt: expected the network of epoch", "found the network of epoch 99;"),
         ),
         (
             # As a kill leaves it, between the checkpoint of an epoch and its networks.
             lambda run: [relabel(file, epoch=1) for file in (run.best_file, run.last_file)],
-            ("and 3 in best.pt and last.pt, found 1;", "train --resume makes them"),
+            ("expected the network of epoch", "found the network of epoch 1;", "--resume makes it"),
+        ),
+        (
+            lambda run: run.last_file.unlink(),
+            ("last.pt: expected the network of epoch 3, found none",),
+        ),
+        (
+            lambda run: shutil.copy(run.last_file, run.stage_file(0)),
+            ("stage-0.pt: expected none, found the network of epoch 3",),
         ),
         (lambda run: run.best_file.unlink(), ("best.pt: missing, the network of epoch",)),
         (
