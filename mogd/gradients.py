@@ -131,14 +131,13 @@ def combine(loss_gradients: Sequence[Gradients], weights: Tensor) -> Gradients:
         loss_gradients: one mapping a loss.
         weights: wₖ, shape ``(K,)``.
     """
-    limit = torch.finfo(torch.float32).max  # what a weight may be in a float32 product
-    weights = weights.clamp(-limit, limit)
     combined: Gradients = {}
     for gradients, weight in zip(loss_gradients, weights, strict=True):
         for alike in _alike(map(local, gradients.values())):
             # At least float32: rounded to float16, a weight may be infinite.
             dtype = torch.promote_types(alike[0].dtype.to_real(), torch.float32)
-            torch._foreach_mul_(alike, weight.to(alike[0].device, dtype))
+            for factor in _factors(weight, torch.finfo(dtype).max):
+                torch._foreach_mul_(alike, factor.to(alike[0].device, dtype))
         again = [parameter for parameter in gradients if parameter in combined]
         if again:
             torch._foreach_add_(
@@ -146,6 +145,18 @@ def combine(loss_gradients: Sequence[Gradients], weights: Tensor) -> Gradients:
             )
         combined = gradients | combined
     return combined
+
+
+def _factors(weight: Tensor, limit: float) -> Iterator[Tensor]:
+    """A weight as factors that are at most a limit; on a GPU, which is not asked, one that is cut.
+
+    One above float32's range is of a tiny gradient, or of one that is 0.
+    """
+    while not weight.is_cuda and limit < weight.abs() < torch.inf:
+        yield weight.clamp(-limit, limit)
+        weight = weight.abs() / limit
+    # An infinite one is for a GradScaler to see.
+    yield torch.where(weight.isinf(), weight, weight.clamp(-limit, limit))
 
 
 def _alike(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:

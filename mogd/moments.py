@@ -27,6 +27,9 @@ class Moments:
     def __init__(self, decay: tuple[float, float], losses: int, device: torch.device) -> None:
         self.decay = decay
         self.count = torch.zeros((), dtype=torch.int64, device=device)
+        # Steps before the first gradient of each loss that is not 0. Not in the paper, where all
+        # begin at once: one that began later would count as small for as long as the past decays.
+        self._late = torch.zeros(losses, dtype=torch.int64, device=device)
         self._parameters: dict[Tensor, None] = {}  # in order of first appearance
         self._groups: list[list[Tensor]] = []  # of these parameters
         self._exp_avgs: list[Tensor] = []  # m̂ of each group, (K, entries), not bias-corrected
@@ -45,11 +48,11 @@ class Moments:
 
     def gramian(self) -> Tensor:
         """⟨mⱼ, mₖ⟩ of the bias-corrected moments, shape ``(K, K)``; 0 before any gradient."""
-        return bias_corrected(self._exp_avg_gramian, self.decay[0], self.count, power=2)
+        return bias_corrected(self._exp_avg_gramian, self.decay[0], self.count - self._late)
 
     def norms(self) -> Tensor:
         """vₖ, the bias-corrected moments of the norms, shape ``(K,)``; 0 before any gradient."""
-        return bias_corrected(self._exp_avg_norms, self.decay[1], self.count)
+        return bias_corrected(self._exp_avg_norms, self.decay[1], self.count - self._late)
 
     @torch.no_grad()
     def update(
@@ -68,9 +71,11 @@ class Moments:
             scale: factor by which to multiply the gradients first; 1 if None.
             keep: 0-dim bool tensor; where it is False nothing changes (without asking the device).
         """
+        waiting = (self._late == self.count) & (norms == 0)
         if keep is not None:
-            norms = torch.where(keep, norms, self._exp_avg_norms)
+            norms, waiting = torch.where(keep, norms, self._exp_avg_norms), waiting & keep
         self._exp_avg_norms.lerp_(norms, 1.0 - self.decay[1])
+        self._late += waiting
         self.count += 1 if keep is None else keep
         self._include(parameter for of_loss in gradients for parameter in of_loss)
         gramian = Sum(self._exp_avg_gramian.shape, self._exp_avg_gramian.device)
@@ -90,10 +95,13 @@ class Moments:
     def _include(self, parameters: Iterable[Tensor]) -> None:
         """Give parameters that are new a past of zeros."""
         new = [parameter for parameter in parameters if parameter not in self._parameters]
-        if not new:
-            return
+        if new:
+            self._arrange([*self._parameters, *new])
+
+    def _arrange(self, parameters: Iterable[Tensor]) -> None:
+        """Hold the moments of these parameters and of no others."""
         past = self._by_parameter()
-        self._parameters.update(dict.fromkeys(new))
+        self._parameters = dict.fromkeys(parameters)
         self._groups = groups(self._parameters)
         self._exp_avgs = [_zeros(group, self.losses) for group in self._groups]
         for parameter, exp_avg in self._by_parameter().items():
@@ -111,8 +119,13 @@ class Moments:
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """The state as tensors and plain containers, parameters by their position.
 
-        Moments have the shape ``(K, *shape)`` and are sharded as their parameter is.
+        Moments have the shape ``(K, *shape)`` and are sharded as their parameter is. Those of
+        parameters that are no longer among ``parameters`` are dropped for good.
         """
+        present = set(parameters)
+        still = [parameter for parameter in self._parameters if parameter in present]
+        if len(still) < len(self._parameters):
+            self._arrange(still)
         positions = {parameter: position for position, parameter in enumerate(parameters)}
         exp_avgs = {
             positions[parameter]: stacked(exp_avg, parameter)
@@ -120,6 +133,7 @@ class Moments:
         }
         return {
             "count": self.count,
+            "late": self._late,
             "norms": self._exp_avg_norms,
             "gramian": self._exp_avg_gramian,
             "exp_avg": exp_avgs,
@@ -145,10 +159,12 @@ class Moments:
         if missing:
             raise ValueError(f"state_dict['moments'] lacks {sorted(missing)}")
         moments = cls(decay, state_dict["norms"].numel(), device)
+        state_dict = {"late": torch.zeros_like(moments._late)} | state_dict  # older ones have none
         small = {
             "count": moments.count,
             "norms": moments._exp_avg_norms,
             "gramian": moments._exp_avg_gramian,
+            "late": moments._late,
         }
         for name, tensor in small.items():
             if state_dict[name].shape != tensor.shape:
@@ -192,13 +208,19 @@ class Moments:
         return moments
 
 
-def bias_corrected(average: Tensor, decay: float, count: Tensor, power: int = 1) -> Tensor:
-    """An average that began at zero, over ``(1 - βᵗ)`` to a power; still 0 while t is 0.
+def bias_corrected(average: Tensor, decay: float, steps: Tensor) -> Tensor:
+    """Averages that began at zero, over ``1 - βᵗ``; still 0 while t is 0.
 
-    Source: paper, Algorithm 1, lines 8-11; a Gramian of averages is corrected twice, power 2.
+    Args:
+        average: of K losses, shape ``(K,)``, or the Gramian of such, ``(K, K)``, which is
+            corrected for both.
+        decay: β in [0, 1).
+        steps: t of each loss, shape ``(K,)``.
+
+    Source: paper, Algorithm 1, lines 8-11.
     """
-    correction = 1.0 - decay ** count.clamp(min=1).double()
-    return average / correction**power
+    correction = 1.0 - decay ** steps.clamp(min=1).double()
+    return average / (correction if average.dim() == 1 else torch.outer(correction, correction))
 
 
 def norm(gradients: Gradients, device: torch.device) -> Tensor:
@@ -221,7 +243,7 @@ def _average(
     if scale is not None:
         new = new * scale.to(row)
     if keep is not None:
-        new = torch.where(keep, new, row)
+        new = torch.where(keep.to(row.device), new, row)
     row.lerp_(new, 1.0 - decay)
 
 

@@ -21,19 +21,18 @@ class Guard:
         if policy not in ("raise", "skip"):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {policy!r}")
         self.policy = policy
-        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def admit(
-        self, losses: Tensor, norms: Tensor, slopes: Tensor, largest: float, scaled: bool
+        self, each: Tensor, norms: Tensor, slopes: Tensor, largest: float, scaled: bool
     ) -> tuple[Tensor, Tensor | bool]:
-        """Which losses are sound, and whether the moments and the parameters may see this step.
+        """Whether the moments and the parameters may see this step.
 
         Args:
-            losses: shape ``(K,)``.
+            each: whether each loss is :func:`sound`, shape ``(K,)``.
             norms: of their gradients, shape ``(K,)``.
             slopes: what the gradients will be multiplied by, shape ``(K,)``.
-            largest: number that gradients and moments can hold; Σₖ |slopeₖ| ‖gₖ‖ must stay below,
-                and ‖gₖ‖ below half of it, for what a moment moves by is a difference of two.
+            largest: number that gradients and moments can hold; Σₖ |slopeₖ| ‖gₖ‖ must stay below.
             scaled: whether a GradScaler expects overflows, and deals with them.
 
         Returns:
@@ -42,9 +41,9 @@ class Guard:
             wait for the device, a 0-dim bool tensor.
 
         Raises:
-            FloatingPointError: if they are not, under ``"raise"`` and without a scaler.
+            FloatingPointError: if they are not, under ``"raise"``; with a scaler only where it is
+                the rule's weights that are not finite, which no scale mends.
         """
-        each = losses.isfinite() & (norms < largest / 2)
         finite = each & (~each.all() | (slopes.abs() @ norms < largest))
         keep = finite.all()
         if self.skipped.device != keep.device:
@@ -54,10 +53,23 @@ class Guard:
             return finite, keep
         if keep:
             return finite, True
-        if self.policy == "raise" and not scaled:
+        overflow = scaled and not (each.all() and not slopes.isfinite().all())
+        if self.policy == "raise" and not overflow:
             raise FloatingPointError(_describe(each, slopes))
         self.skipped += 1
         return finite, False
+
+
+def sound(losses: Tensor, norms: Tensor, largest: float) -> Tensor:
+    """Whether each loss and its gradient is finite, shape ``(K,)``.
+
+    Args:
+        losses: shape ``(K,)``.
+        norms: of their gradients, shape ``(K,)``.
+        largest: number that gradients and moments can hold; ‖gₖ‖ must stay below half of it, for
+            what a moment moves by is a difference of two.
+    """
+    return losses.isfinite() & (norms < largest / 2)
 
 
 def largest_number(parameters: Iterable[Tensor]) -> float:

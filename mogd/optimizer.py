@@ -16,7 +16,7 @@ from mogd.bisector_projection import BisectorProjection
 from mogd.closure import MICRO_BATCHES, check_gradient, needs_closure, reevaluation
 from mogd.gradients import LossGradients, combine, known_number
 from mogd.moments import Moments, norm
-from mogd.nonfinite import Guard, largest_number
+from mogd.nonfinite import Guard, largest_number, sound
 from mogd.priority import Fixed, Priority, ask
 from mogd.record import Record
 from mogd.rules import Rule, checked, slopes
@@ -273,6 +273,8 @@ class UnbiasedMultiGradient(Wrapper):
             average = parallel.average if self.distributed else torch.clone
             objective = reevaluation(self.base, closure, record, average)
         keep, self._keep = self._keep, True
+        if keep is False:  # unless a plain backward() has left gradients since
+            keep = any(parameter.grad is not None for parameter in self._parameters())
         self._base_step(keep, objective)
         return record
 
@@ -305,7 +307,7 @@ class UnbiasedMultiGradient(Wrapper):
                     "the state is of another weigh_by"
                 )
         guard = Guard(self._guard.policy)
-        guard.skipped = torch.tensor(int(state_dict["skipped"]))
+        guard.skipped = torch.tensor(int(state_dict["skipped"]), device="cpu")
         return {
             "_moment_decay": betas,
             "_moments": moments,
@@ -316,8 +318,9 @@ class UnbiasedMultiGradient(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "_moment_decay", "distributed", "last", "_rule", "_priority", "_moments")
-        others = ("_guard", "_pending", "_accumulating", "_keep", "_weigh_by")
-        return {name: vars(self)[name] for name in names + others}
+        others = ("_guard", "_pending", "_keep", "_weigh_by")
+        # A copy that is made inside accumulate() is not inside of it itself.
+        return {name: vars(self)[name] for name in names + others} | {"_accumulating": False}
 
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         """Weigh by the past, take in the present, combine (Algorithm 1)."""
@@ -336,13 +339,17 @@ class UnbiasedMultiGradient(Wrapper):
             losses = parallel.agree(losses, norms, last_weights, look)
 
         gramian, norm_moments = moments.gramian(), moments.norms()
-        prioritized = ask(self.priority, losses)
+        largest = largest_number(reached for of in collected.gradients for reached in of)
+        each = sound(losses, norms, largest)
+        if each.is_cuda or each.all():  # to look would wait for a GPU
+            prioritized = ask(self.priority, losses)
+        else:
+            prioritized = torch.zeros((), dtype=torch.int64)
         # Copies, for a rule may work in place.
         chosen = self.rule(gramian.clone(), norm_moments.clone(), prioritized.clone())
         weighting = checked(chosen, len(losses), self.rule)
         total = slopes(weighting, losses)
-        largest = largest_number(reached for of in collected.gradients for reached in of)
-        finite, keep = self._guard.admit(losses, norms, total, largest, scaler is not None)
+        finite, keep = self._guard.admit(each, norms, total, largest, scaler is not None)
         self.last = Record(losses, *weighting, gramian, norm_moments, prioritized, finite)
         mask = keep if isinstance(keep, Tensor) else None
         if keep is not False:
@@ -357,7 +364,7 @@ class UnbiasedMultiGradient(Wrapper):
             drop = None if mask is None or scaler is not None else ~mask
             for parameter, gradient in combine(collected.gradients, total).items():
                 if drop is not None:
-                    local(gradient).masked_fill_(drop, 0.0)
+                    local(gradient).masked_fill_(drop.to(gradient.device), 0.0)
                 parameter.grad = gradient
         self._keep = keep if scaler is None else True
         return self.last

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -125,6 +126,18 @@ def test_the_first_call_outside_combines():
     )
     assert_close(record.gramian, m @ m.T)
     assert_close(p.grad, record.weights @ doubles([1, 1], [2, 2]))
+
+
+def test_a_copy_made_inside_is_not_inside_itself():
+    p, optimizer = optimizer_after(AGREEING)
+    with optimizer.accumulate():
+        optimizer.backward([linear(p, g) for g in AGREEING])
+        twin = copy.deepcopy(optimizer)
+    (q,) = twin.param_groups[0]["params"]
+    for each, parameter in ((twin, q), (optimizer, p)):
+        record = each.backward([linear(parameter, g) for g in CONFLICTING])
+        assert record is not None
+    assert_same_bits(q.grad, p.grad)
 
 
 def test_the_losses_of_the_record_are_the_sums():

@@ -1,11 +1,13 @@
 """Mixed precision: autocast, GradScaler, parameters in half precision."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from mogd import Fixed, UnbiasedMultiGradient
+from mogd import Fixed, Rule, UnbiasedMultiGradient, Weighting
 
 SCALE = 2.0**12  # a power of two: scaling and unscaling are exact
 
@@ -143,6 +145,36 @@ def test_overflow_skips_the_step_and_training_goes_on(nonfinite):
         scaler.update()
         plain.step(lambda step=step: objectives(twin, step))
     assert_same_bits(model.parameters(), twin.parameters())
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_weights_that_are_not_finite_are_no_overflow(nonfinite):
+    """No scale would mend them."""
+    model, optimizer = pair(nonfinite=nonfinite, rule=lambda gramian: gramian[0] * torch.nan)
+    scaler = GradScaler("cpu", init_scale=SCALE)
+    optimizer.backward(objectives(model, 0), scaler=scaler)  # a half each, whatever the rule says
+    raises = pytest.raises(FloatingPointError, match=r"weighed by \[nan, nan\]")
+    with raises if nonfinite == "raise" else contextlib.nullcontext():
+        optimizer.backward(objectives(model, 1), scaler=scaler)
+    assert optimizer.skipped == (nonfinite == "skip")
+
+
+class Squares(Rule):
+    """Halves of the squared losses."""
+
+    def __call__(self, gramian, norms, prioritized):
+        return Weighting(torch.zeros_like(norms), torch.full_like(norms, 0.5))
+
+
+def test_weights_that_a_loss_makes_infinite_are_an_overflow():
+    model, optimizer = pair(rule=Squares())
+    losses = (1e-40 * loss + torch.inf for loss in objectives(model, 0))
+    weights = [parameter.clone() for parameter in model.parameters()]
+    scaler = GradScaler("cpu", init_scale=SCALE)
+    record = optimizer.backward(losses, scaler=scaler)
+    assert (record.finite.tolist(), optimizer.skipped) == ([False, False], 1)
+    scaler.step(optimizer)
+    assert_same_bits(model.parameters(), weights)
 
 
 def test_disabled_scaler_is_none():

@@ -34,6 +34,20 @@ def test_each_loss_has_its_value_and_its_own_gradient():
     assert second[p].tolist() == [4, 5]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weight", [3e38, 4e38, -5e60, 1e83, 0.5])
+def test_a_weight_may_exceed_what_the_gradients_can_hold(dtype, weight):
+    tiny = {torch.float16: 6e-8, torch.float32: 1e-45, torch.float64: 1e-45}[dtype]
+    p = parameter(1.0, 1.0, dtype=dtype)
+    gradient = torch.tensor([tiny, 0.0], dtype=dtype)
+    weights = torch.tensor([weight], dtype=torch.float64)
+    combined = combine([{p: gradient.clone()}], weights)[p]
+    expected = gradient.double() * weight
+    if abs(expected[0]) < torch.finfo(dtype).max:
+        assert_close(combined, expected.to(dtype))
+    assert combined[1] == 0
+
+
 def test_no_gradient_is_left_on_the_parameters():
     p, q = parameter(1.0), parameter(2.0)
     p.grad, q.grad = torch.tensor([7.0]), torch.tensor([8.0])

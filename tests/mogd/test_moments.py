@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from chosen import doubles
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from twin import inner
 
@@ -31,6 +33,7 @@ def averages(moments):
     state = moments.state_dict(list(moments._parameters))
     return {
         "count": state["count"].clone(),
+        "late": state["late"].clone(),
         "norms": state["norms"].clone(),
         "gramian": state["gramian"].clone(),
         **{f"exp_avg {i}": average.flatten(1).clone() for i, average in state["exp_avg"].items()},
@@ -59,15 +62,19 @@ def test_moments_are_those_of_a_plain_loop_over_the_algorithm(stream, beta_1, be
     p, q = parameter(2), parameter(1)
     losses = len(stream[0])
     moments = Moments((beta_1, beta_2), losses, CPU)
-    m_hat, v_hat = [[0.0] * 3 for _ in range(losses)], [0.0] * losses
-    for t, gradients in enumerate(stream, start=1):
+    m_hat, v_hat, began = [[0.0] * 3 for _ in range(losses)], [0.0] * losses, [0] * losses
+    for gradients in stream:
         doubles = [torch.tensor(g, dtype=torch.float64) for g in gradients]
         feed(moments, [{p: g[:2], q: g[2:]} for g in doubles])
         for k, g in enumerate(gradients):  # lines 4-7
             m_hat[k] = [beta_1 * m + (1 - beta_1) * x for m, x in zip(m_hat[k], g, strict=True)]
             v_hat[k] = beta_2 * v_hat[k] + (1 - beta_2) * math.hypot(*g)
-        m = [[x / (1 - beta_1**t) for x in row] for row in m_hat]  # lines 8-9
-        v = [x / (1 - beta_2**t) for x in v_hat]  # lines 10-11
+            began[k] += began[k] > 0 or any(g)
+        steps = [max(t, 1) for t in began]
+        m = [  # lines 8-9
+            [x / (1 - beta_1**t) for x in row] for row, t in zip(m_hat, steps, strict=True)
+        ]
+        v = [x / (1 - beta_2**t) for x, t in zip(v_hat, steps, strict=True)]  # lines 10-11
         gramian = torch.tensor([[inner(a, b) for a in m] for b in m], dtype=torch.float64)
         assert_close(moments.gramian(), gramian, rtol=1e-9, atol=1e-9)
         assert_close(moments.norms(), torch.tensor(v, dtype=torch.float64), rtol=1e-9, atol=0)
@@ -94,12 +101,67 @@ def test_before_any_gradient_all_is_zero():
 
 def test_bias_correction_has_the_values_computed_by_hand():
     average = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    # 1 - 0.5² = 0.75
-    for power, divisor in ((1, 0.75), (2, 0.5625)):
-        corrected = bias_corrected(average, 0.5, torch.tensor(2), power=power)
-        assert_close(corrected, average / divisor)
+    steps = torch.tensor([2, 1])
+    # 1 - 0.5² = 0.75, 1 - 0.5 = 0.5
+    assert_close(bias_corrected(average, 0.5, steps), doubles(1 / 0.75, 2 / 0.5))
+    pairs = torch.tensor([[9.0, 3.0], [3.0, 2.0]], dtype=torch.float64)
+    expected = torch.tensor([[16.0, 8.0], [8.0, 8.0]], dtype=torch.float64)
+    assert_close(bias_corrected(pairs, 0.5, steps), expected)
     # 1 - 0.5⁰ = 0, by which nothing can be divided
-    assert bias_corrected(0 * average, 0.5, torch.tensor(0)).tolist() == [0, 0]
+    assert bias_corrected(0 * average, 0.5, 0 * steps).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("before", [1, 200])
+@pytest.mark.parametrize("saved", [False, True], ids=["unbroken", "saved"])
+def test_a_loss_that_begins_late_has_moments_as_from_a_first_step(before, saved):
+    p = parameter(2)
+    moments, waiting = Moments((0.9, 0.99), 2, CPU), torch.tensor(False)
+    first, second = doubles(3.0, 4.0), doubles(-4.0, 0.0)
+    off = [{p: first}, {p: 0 * second}]
+    feed(moments, *[off] * before)
+    feed(moments, off, [{p: first}, {p: second}], keep=waiting)  # which counts for nothing
+    assert moments.norms().tolist() == pytest.approx([5, 0])
+    if saved:
+        moments = Moments.from_state_dict(moments.state_dict([p]), moments.decay, [p], CPU)
+    for _ in range(3):
+        feed(moments, [{p: first}, {p: second}])
+        assert_close(moments.norms(), doubles(5.0, 4.0))
+        expected = torch.tensor([[25.0, -12.0], [-12.0, 16.0]], dtype=torch.float64)
+        assert_close(moments.gramian(), expected)
+
+
+def test_moments_that_were_saved_before_losses_were_counted_apart_are_read():
+    p = parameter(2)
+    moments = Moments((0.9, 0.99), 1, CPU)
+    feed(moments, *[[{p: doubles(3.0, 4.0)}]] * 2)
+    state = moments.state_dict([p])
+    older = {name: entry for name, entry in state.items() if name != "late"}
+    read = Moments.from_state_dict(older, moments.decay, [p], CPU)
+    assert_same_bits(averages(read), averages(moments))
+
+
+def test_moments_of_parameters_that_are_gone_are_dropped():
+    p, q = parameter(2), parameter(1)
+    moments, without = (Moments((0.9, 0.99), 1, CPU) for _ in range(2))
+    feed(moments, [{p: doubles(3.0, 4.0), q: doubles(1.0)}])
+    feed(without, [{q: doubles(1.0)}])
+    state = moments.state_dict([q])
+    assert_same_bits(state["exp_avg"], without.state_dict([q])["exp_avg"])
+    feed(moments, [{q: doubles(1.0)}])
+    feed(without, [{q: doubles(1.0)}])
+    assert_close(moments.gramian(), without.gramian())
+
+
+def test_parameters_may_lie_on_several_devices():
+    """By what would be computed where: no GPU is needed for that."""
+    with FakeTensorMode():
+        parameters = [torch.empty(3, 2, device=f"cuda:{index}") for index in range(2)]
+        moments = Moments((0.9, 0.99), 2, parameters[0].device)
+        gradients = [{p: torch.empty_like(p) for p in parameters} for _ in range(2)]
+        norms = torch.empty(2, dtype=torch.float64, device="cuda:0")
+        for keep in (None, torch.empty((), dtype=torch.bool, device="cuda:0")):
+            moments.update(gradients, norms, keep=keep)
+        assert [average.device.index for average in moments._exp_avgs] == [0, 1]
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0**100])

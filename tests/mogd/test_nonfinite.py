@@ -1,5 +1,6 @@
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -134,6 +135,43 @@ def test_plain_training_goes_on_after_a_skipped_batch():
     linear(p, (1, 2)).backward()
     optimizer.step()
     assert_close(p.detach(), before - 0.1 * torch.tensor([1, 2]))
+
+
+def test_plain_training_goes_on_after_a_skipped_batch_that_the_model_forgot():
+    p, optimizer = optimizer_after(AGREEING, lr=0.1, nonfinite="skip")
+    before = p.detach().clone()
+    optimizer.backward(poisoned(p, 0, root))
+    p.grad = None  # as model.zero_grad() does
+    linear(p, (1, 2)).backward()
+    optimizer.step()
+    assert_close(p.detach(), before - 0.1 * torch.tensor([1, 2]))
+
+
+@poisons
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_no_oracle_is_asked_about_what_is_not_finite(poison, nonfinite):
+    asked = []
+
+    def oracle(losses):
+        asked.append(losses)
+        return 1
+
+    p, optimizer = optimizer_after(CONFLICTING, priority=oracle, nonfinite=nonfinite)
+    raises = pytest.raises(FloatingPointError) if nonfinite == "raise" else nullcontext()
+    with raises:
+        record = optimizer.backward(poisoned(p, 1, poison))
+        assert (record.prioritized.item(), record.finite.tolist()) == (0, [True, False])
+    assert len(asked) == 1
+    optimizer.backward([linear(p, g) for g in AGREEING])
+    assert len(asked) == 2
+
+
+def test_an_optimizer_made_where_another_device_is_the_default_trains():
+    p = torch.zeros(2, requires_grad=True)
+    with torch.device("meta"):
+        optimizer = UnbiasedMultiGradient([p], lr=0.1)
+    optimizer.backward([linear(p, g) for g in AGREEING])
+    assert optimizer.skipped == 0
 
 
 def test_one_entry_of_one_parameter_is_enough():

@@ -193,6 +193,19 @@ def test_this_batch_cannot_change_its_weights(g_1, g_2, value, favoured):
         assert_same_bits(getattr(twin.last, part), getattr(optimizer.last, part))
 
 
+@pytest.mark.parametrize("favoured", [0, 1])
+@pytest.mark.parametrize("gradients", [AGREEING, CONFLICTING])
+@pytest.mark.parametrize("length", ["mean_norm", "norm_of_mean"])
+def test_a_loss_that_is_switched_on_late_is_weighed_as_one_that_was_there(
+    favoured, gradients, length
+):
+    options = {"priority": Fixed(favoured), "rule": BisectorProjection(length=length)}
+    switched_off = (gradients[0], (0.0, 0.0))
+    _, late = optimizer_after(*[switched_off] * 200, gradients, **options)
+    _, early = optimizer_after(gradients, **options)
+    assert_close(weights_next(late), weights_next(early))
+
+
 def test_the_gradients_of_a_batch_change_the_weights_of_the_next():
     _, optimizer = optimizer_after(AGREEING)
     weights_next(optimizer, *CONFLICTING)

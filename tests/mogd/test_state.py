@@ -375,6 +375,24 @@ def test_added_group_is_the_bases_and_is_saved():
     assert again.param_groups[1]["lr"] == 0.5
 
 
+def test_a_group_that_is_taken_away_is_in_no_state():
+    """Of a base without state: torch's own do not save one for what is gone."""
+    model = network()
+    groups = [{"params": layer.parameters()} for layer in (model[0], model[2])]
+    optimizer = UnbiasedMultiGradient(groups, lr=0.05)
+    train(model, optimizer)
+    del optimizer.param_groups[1]
+    saved = optimizer.state_dict()
+    assert list(saved["moments"]["exp_avg"]) == [0, 1]
+    again = network()
+    again.load_state_dict(model.state_dict())
+    resumed = UnbiasedMultiGradient(again[0].parameters(), lr=0.05)
+    resumed.load_state_dict(saved)
+    for m, o in ((model, optimizer), (again, resumed)):
+        train(m, o)
+    assert same(list(again.parameters()), list(model.parameters()))
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(set_to_none):
     model, optimizer = trained()

@@ -2,7 +2,7 @@
 
 Plain floats and lists, vanilla gradient descent, two losses. Of quotients by zero the paper is
 silent: a loss that never had a gradient conflicts with none, and gets no weight; the first step,
-which has no past, weighs both losses by a half.
+which has no past, weighs both losses by a half. Its t counts from a loss's first gradient on.
 """
 
 from math import hypot
@@ -20,16 +20,17 @@ class Twin:
     def __init__(self, theta, lr, beta_1, beta_2):
         self.theta = list(theta)
         self.lr, self.beta_1, self.beta_2 = lr, beta_1, beta_2
-        self.t = 0
+        self.t = [0, 0]
         self.m_hat = [[0.0] * len(self.theta) for _ in range(2)]
         self.v_hat = [0.0, 0.0]
 
     def moments(self):
         """Lines 8-11."""
-        if self.t == 0:
-            return *self.m_hat, *self.v_hat
-        m_1, m_2 = ([x / (1 - self.beta_1**self.t) for x in m] for m in self.m_hat)
-        v_1, v_2 = (v / (1 - self.beta_2**self.t) for v in self.v_hat)
+        began = [max(t, 1) for t in self.t]
+        m_1, m_2 = (
+            [x / (1 - self.beta_1**t) for x in m] for m, t in zip(self.m_hat, began, strict=True)
+        )
+        v_1, v_2 = (v / (1 - self.beta_2**t) for v, t in zip(self.v_hat, began, strict=True))
         return m_1, m_2, v_1, v_2
 
     def weights(self, abstract_first):
@@ -59,5 +60,5 @@ class Twin:
                 for m, x in zip(self.m_hat[k], g, strict=True)
             ]
             self.v_hat[k] = self.beta_2 * self.v_hat[k] + (1 - self.beta_2) * hypot(*g)
-        self.t += 1
+            self.t[k] += self.t[k] > 0 or any(g)
         return kappa_adv, kappa_ibp, kappa_reg
