@@ -80,7 +80,8 @@ def read_arrays(path: Path, keys: tuple[str, ...]) -> tuple[dict[str, NDArray[An
         if not zipfile.is_zipfile(file):
             raise ValueError("not a zip archive, or cut short")
         with _opened(file) as archive:
-            _check_sizes(archive.infolist(), max(SMALL, RATIO * size))
+            most = max(SMALL, RATIO * size)
+            _check_sizes(archive.infolist(), most, "; numpy.savez leaves it uncompressed")
             names = [name.removesuffix(".npy") for name in archive.namelist()]
             return {key: _array(archive, f"{key}.npy") for key in keys if key in names}, names
 
@@ -123,11 +124,11 @@ def _opened(file: IO[bytes]) -> zipfile.ZipFile:
         raise ValueError(f"not a zip archive ({one_line(error)})") from error
 
 
-def _check_sizes(members: list[zipfile.ZipInfo], most: int) -> None:
+def _check_sizes(members: list[zipfile.ZipInfo], most: int, remedy: str = "") -> None:
     """Refuse an archive that would unpack to more than so many bytes."""
     total = sum(member.file_size for member in members)
     if total > most:
-        raise ValueError(f"it would unpack to {total} bytes")
+        raise ValueError(f"it would unpack to {total} bytes, more than {most}{remedy}")
 
 
 def _check_zipped(file: IO[bytes], size: int) -> None:

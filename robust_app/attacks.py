@@ -192,7 +192,7 @@ def _ascend(
     """The iterate after ``x_adv``, and the logits at ``x_adv``; both detached."""
     with torch.enable_grad():
         x_adv = x_adv.detach().requires_grad_()
-        logits = network(x_adv)
+        logits = network(x_adv.clone())  # the first layer may work in place
         # The sum, not the mean: small gradients must not underflow with the batch size.
         loss = F.cross_entropy(logits, labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, x_adv)

@@ -13,7 +13,7 @@ import mogd
 from robust_app import distributed, listings, reporting
 from robust_app import recipes as recipe_book
 from robust_app.distributed import ProcessLost
-from robust_app.errors import UserError, reason
+from robust_app.errors import UserError, reason, shown
 from robust_app.evaluate_command import evaluate
 from robust_app.exchange.command import export
 from robust_app.fork_command import fork
@@ -127,10 +127,10 @@ def main() -> None:
         except (KeyboardInterrupt, typer.Abort):
             status = 130
         except OSError as error:
-            if error.filename is not None:
-                raise
-            sys.stdout = io.StringIO()  # if it is that, Python would fail on it again at its end
-            status = _refuse(f"cannot read or write ({reason(error)})")
+            where = "" if error.filename is None else f"{shown(error.filename)}: "
+            if not where:
+                sys.stdout = io.StringIO()  # if it is that, Python would fail on it at its end
+            status = _refuse(f"{where}cannot read or write ({reason(error)})")
     sys.exit(stop.status or status)
 
 

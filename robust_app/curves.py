@@ -56,7 +56,8 @@ def figure(runs: Mapping[str, Metrics]) -> Figure:
 def _named(name: str, run: Metrics) -> str:
     """The legend's name of a run; a fork's says where its own epochs begin, if it has any."""
     before = epochs_taken_over(run)
-    return f"{name} (from epoch {before + 1})" if 0 < before < len(run) else name
+    shown = name.replace("$", r"\$")  # else what is between two of them would be a formula
+    return f"{shown} (from epoch {before + 1})" if 0 < before < len(run) else shown
 
 
 def _plot(axes: Axes, line: Line, last: int, place: int) -> Line2D:

@@ -25,12 +25,12 @@ from robust_app.crown import (
 )
 from robust_app.interval import Interval
 from robust_app.precision import plain_float32
-from robust_app.programming import Program
+from robust_app.programming import TOLERANCE, Program
 from robust_app.pullback import LinearBound, pull_back
 from robust_app.relaxation import Trace, is_relu, rounding
 
-TOLERANCE = 1e-6
-"""A margin that can be this small is not proved: more than what the solver lets pass as 0."""
+NARROW = 1e-6
+"""A ball of a smaller radius is too narrow for the solver, which takes near numbers for one."""
 
 ATTACK_STEPS = 40
 """Of the attack from the image, and from a solution that the network classifies rightly."""
@@ -115,7 +115,7 @@ def decide(
         if problem.proved:
             return Decision(Verdict.CERTIFIED)
 
-    if not _finite(problem):
+    if not _finite(problem) or 0 < epsilon < NARROW:
         return Decision(Verdict.UNDECIDED)
     variables = _add_network(program, problem.trace)
     verdict = Verdict.CERTIFIED
@@ -128,7 +128,7 @@ def decide(
         answer = program.minimum_below(
             torch.cat([indices for _, indices in terms]),
             torch.cat([matrix.squeeze(0) for matrix, _ in terms]),
-            TOLERANCE + (slack - constant).item(),
+            TOLERANCE + (slack - constant).item(),  # a margin that may be so small is not proved
             deadline - time.monotonic(),
         )
         if answer.solution is not None:
@@ -238,8 +238,8 @@ def _misclassified_near(
     candidate = torch.clamp(candidate, (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1))
     if _misclassified(network, candidate, label):
         return candidate.squeeze(0)
-    # A start is in units of ε: with none, the ball is the image itself.
-    start = (candidate - x) / epsilon if epsilon > 0 else torch.zeros_like(x)
+    # A start is in units of ε: where that is too small to see, it is the image itself.
+    start = torch.where(candidate == x, 0.0, (candidate - x) / (epsilon or 1.0))
     attacked = pgd(
         network,
         x,
@@ -253,4 +253,5 @@ def _misclassified_near(
 
 
 def _misclassified(network: nn.Module, x: Tensor, label: int) -> bool:
-    return bool((network(x).argmax(1) != label).any())
+    logits = network(x)
+    return bool(logits.isfinite().all() and (logits.argmax(1) != label).any())

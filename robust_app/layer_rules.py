@@ -7,6 +7,7 @@ from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
 
+from robust_app import small_patches
 from robust_app.errors import UserError
 
 IN_TRAINING = "it is in training mode; call .eval() on it first"
@@ -30,13 +31,23 @@ class UnsupportedLayer(UserError, TypeError):
 
 
 def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
-    """Whether ``layer`` is called as ``kind`` is: nobody gave it another forward or __call__."""
+    """Whether ``layer`` computes what ``kind`` does: nobody gave it another forward or __call__.
+
+    Nor, to a convolution, what its forward calls: a weight that is standardised in there is not the
+    layer's ``weight``, of which bounds are made.
+    """
     return (
         isinstance(layer, kind)
         and type(layer).forward is kind.forward
         and type(layer).__call__ is nn.Module.__call__
         and "forward" not in vars(layer)
+        and (not isinstance(layer, nn.Conv2d) or _convolves_plainly(layer))
     )
+
+
+def _convolves_plainly(layer: nn.Conv2d) -> bool:
+    known = (nn.Conv2d._conv_forward, small_patches.Conv2d._conv_forward)
+    return type(layer)._conv_forward in known and "_conv_forward" not in vars(layer)
 
 
 def flattened(network: nn.Module) -> list[nn.Module]:
@@ -92,7 +103,7 @@ class Rules:
         if not is_plainly(layer, kind):
             raise self.unsupported(
                 layer,
-                f"it was given a forward or __call__ of its own, and may compute anything; make it "
-                f"a class with a forward, and {self._remedy}",
+                f"it was given a forward or __call__ of its own, or a _conv_forward, and may "
+                f"compute anything; make it a class with a forward, and {self._remedy}",
             )
         return rule(layer, *rest)

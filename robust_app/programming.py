@@ -13,6 +13,9 @@ _INFEASIBLE = 2  # a status of scipy.optimize.milp
 SMALL = 1e-9
 """The solver drops coefficients up to this size: they are allowed for."""
 
+TOLERANCE = 1e-6
+"""What the solver lets pass as 0 in a row whose largest coefficient is near 1."""
+
 _ANY_GAP = 1e30  # between the costs of a solution and of the best one
 
 
@@ -31,6 +34,9 @@ class Answer(NamedTuple):
 class Program:
     """Variables between bounds and linear constraints, in float64.
 
+    The solver's tolerances are absolute: it is given variables and rows divided by powers of two,
+    so that the largest bound of each and the largest coefficient of each are between ½ and 1.
+
     Raises:
         UserError: SciPy is not installed.
 
@@ -47,6 +53,7 @@ class Program:
             self._sparse: Any = import_module("scipy.sparse")
         except ImportError as error:
             raise UserError("the verifier exact needs SciPy: pip install scipy") from error
+        self._scales: list[Tensor] = []  # what the variables were divided by
         self._lower: list[Tensor] = []
         self._upper: list[Tensor] = []
         self._integer: list[Tensor] = []
@@ -61,8 +68,11 @@ class Program:
             Their indices, int64 ``(n,)``.
         """
         first = sum(map(len, self._lower))
-        self._lower.append(lower)
-        self._upper.append(upper)
+        largest = torch.maximum(lower.abs(), upper.abs()).double()
+        scales = torch.ones_like(largest) if integer else _power_of_two(largest)
+        self._scales.append(scales)
+        self._lower.append(lower / scales)
+        self._upper.append(upper / scales)
         self._integer.append(torch.full(lower.shape, integer))
         return torch.arange(first, first + len(lower))
 
@@ -89,11 +99,16 @@ class Program:
             column.append(indices[entries[1]])
             value.append(matrix[entries] if matrix.ndim == 2 else matrix)
         places, variables, values = torch.cat(row), torch.cat(column), torch.cat(value)
+        values = values * torch.cat(self._scales)[variables]
+        places = places - rows
+        largest = torch.zeros(len(lower), dtype=values.dtype)
+        scales = _power_of_two(largest.scatter_reduce(0, places, values.abs(), "amax"))
+        values = values / scales[places]
         kept, dropped = self._split(variables, values)
-        slack = torch.zeros_like(lower).index_add(0, places - rows, dropped.to(lower))
-        self._entries.append((places[kept], variables[kept], values[kept]))
-        self._lower_sides.append(lower - slack)
-        self._upper_sides.append(upper + slack)
+        slack = torch.zeros_like(scales).index_add(0, places, dropped)
+        self._entries.append((places[kept] + rows, variables[kept], values[kept]))
+        self._lower_sides.append(lower / scales - slack)
+        self._upper_sides.append(upper / scales + slack)
 
     def _split(self, variables: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Which coefficients the solver takes, and how much each of the others could add."""
@@ -116,10 +131,14 @@ class Program:
         if seconds <= 0:
             return Answer(infeasible=False, solution=None)
         lower, upper = torch.cat(self._lower), torch.cat(self._upper)
+        variables = torch.cat(self._scales)
+        costs = costs * variables[indices]
+        scale = _power_of_two(costs.abs().amax())
+        costs = costs / scale
         kept, dropped = self._split(indices, costs)
-        limit += dropped.sum().item()
+        limit = limit / scale.item() + dropped.sum().item() + TOLERANCE
         objective = torch.zeros(len(lower), dtype=torch.float64)
-        objective[indices] = torch.where(kept, costs, 0).double()
+        objective[indices] = torch.where(kept, costs, 0)
         constraints = [self._optimize.LinearConstraint(objective.numpy()[None], -torch.inf, limit)]
         if self._entries:
             row, column, value = (torch.cat(parts) for parts in zip(*self._entries, strict=True))
@@ -138,5 +157,11 @@ class Program:
             constraints=constraints,
             options={"time_limit": seconds, "mip_rel_gap": _ANY_GAP},
         )
-        solution = None if result.x is None else torch.from_numpy(result.x)
+        solution = None if result.x is None else torch.from_numpy(result.x) * variables
         return Answer(infeasible=result.status == _INFEASIBLE, solution=solution)
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """The one above each of them, or at it; 1 for 0."""
+    exponents = torch.frexp(values).exponent
+    return torch.where(values == 0, 1.0, torch.ldexp(torch.ones_like(values), exponents))

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -142,19 +143,19 @@ def evaluating(console: Console, what: str, images: int) -> Iterator[Callable[[i
     )
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task(what, total=images)
+        task = progress.add_task(escape(what), total=images)
         yield lambda count: progress.update(task, advance=count)
 
 
 def errors_table(title: str, rows: Iterable[tuple[str, Errors]]) -> Table:
     """Standard, PGD and verified error with their counts, a row a network."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("network", no_wrap=True)
     for column in ("standard", "PGD", "verified", "certified", "falsified", "undecided"):
         table.add_column(column, justify="right")
     for name, errors in rows:
         table.add_row(
-            name,
+            escape(name),
             *(
                 f"{value:.2f}%"
                 for value in (errors.standard_error, errors.pgd_error, errors.verified_error)
@@ -174,7 +175,7 @@ def shares_table(rows: Iterable[tuple[str, Errors]]) -> Table:
     for name, errors in rows:
         for by, share in errors.shares.items():
             counts = (share.examples, share.certified, share.falsified)
-            table.add_row(name, by, *map(str, counts), f"{share.seconds:.1f}")
+            table.add_row(escape(name), by, *map(str, counts), f"{share.seconds:.1f}")
     return table
 
 
@@ -188,5 +189,5 @@ def listing(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """What there is, a row each."""
     table = Table(*columns)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from robust_app import data, distributed, environment, reporting, verify_run
@@ -64,7 +65,7 @@ def verify(
 def _table(title: str, claims: Sequence[Claim]) -> Table:
     columns = ("reported in", "network of epoch", "figure", "reported", "found", "")
     table = reporting.listing(columns, [_row(claim) for claim in claims])
-    table.title = title
+    table.title = escape(title)
     return table
 
 

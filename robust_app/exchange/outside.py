@@ -79,7 +79,7 @@ def from_function(where: str, weights: Path | None, dataset: Dataset) -> nn.Modu
         raise UserError(f"--model: no function {name} in {path}")
     try:
         network = make()
-    except Exception as error:  # of the user's own code
+    except (Exception, SystemExit) as error:  # of the user's own code
         raise UserError(f"--model: {where} fails ({_reason(error)})") from error
     if not isinstance(network, nn.Module):
         found = type(network).__name__
@@ -146,7 +146,8 @@ def check_classifies(network: nn.Module, dataset: Dataset) -> None:
         dataset: its first test images are used.
 
     Raises:
-        UserError: it does not take them, or gives something else, or no finite numbers.
+        UserError: it does not take them, or gives something else, or no finite numbers, or has no
+            gradient there.
     """
     x = as_float(dataset.x_test[:2])
     try:
@@ -168,6 +169,14 @@ def check_classifies(network: nn.Module, dataset: Dataset) -> None:
         spoiled = {name for name, value in tensors.items() if not value.isfinite().all()}
         where = f"; not finite: {_some(spoiled)}" if spoiled else ""
         raise UserError(f"expected finite logits, found {found}{where}")
+    try:
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            torch.autograd.grad(network(x.clone()).sum(), x)
+    except RuntimeError as error:
+        raise UserError(
+            f"has no gradient at its images, which attacks need ({_reason(error)})"
+        ) from error
 
 
 def _run(path: Path) -> Any:
@@ -180,7 +189,7 @@ def _run(path: Path) -> Any:
     sys.path.insert(0, str(path.parent.resolve()))  # as where a script is run
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # of the user's own code
+    except (Exception, SystemExit) as error:  # of the user's own code
         raise UserError(f"--model: {path} fails ({_reason(error)})") from error
     return module
 
@@ -206,7 +215,7 @@ def _some(names: set[str]) -> str:
     return ", ".join(first) + (f" and {rest} more" if rest else "")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """An error as part of a line."""
     name, text = type(error).__name__, one_line(error)
     return text if text == name else f"{name}: {text}"

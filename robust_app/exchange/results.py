@@ -25,11 +25,11 @@ def check(output: Path) -> None:
     """
     try:
         found = _is_there(output)
+        if output.is_dir():
+            raise UserError(f"--output: expected a file to write, found the folder {output}")
         file = output.resolve()
         _is_there(file.with_name(f"{file.name}.partial"))  # nor may this name be too long
         folder = file.parent
-        if output.is_dir():
-            raise UserError(f"--output: expected a file to write, found the folder {output}")
         if not folder.is_dir():
             raise UserError(f"--output: {output}: cannot be written (there is no folder {folder})")
         with TemporaryFile(dir=folder):

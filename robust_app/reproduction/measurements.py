@@ -79,6 +79,22 @@ def read(out: Path, task: Task) -> Measurement:
     )
 
 
+def nothing(task: Task) -> Measurement:
+    """What is done of a task whose folder is another run's."""
+    return Measurement(
+        run=task.run.name,
+        recipe=task.run.recipe,
+        seed=task.run.config.seed,
+        begun=False,
+        epochs_done=0,
+        epochs=task.run.config.total_epochs,
+        seconds=0.0,
+        device="",
+        errors={},
+        complete=False,
+    )
+
+
 def epoch_of(network: str, config: Config, metrics: list[dict[str, Any]]) -> int | None:
     """The epoch of a network of a run; None before the run is complete.
 

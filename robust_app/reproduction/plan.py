@@ -110,6 +110,20 @@ def tasks(table: Table, settings: Settings) -> list[Task]:
     return [task for row in table.rows for task in _tasks_of(table, row, settings)]
 
 
+def check_stages(table: Table, settings: Settings) -> None:
+    """See that each network of a table has as many layers as there are to be stages.
+
+    Raises:
+        UserError: one has fewer.
+    """
+    for model in dict.fromkeys(row.model for row in table.rows):
+        if (settings.stages or 0) > _all_stages(model):
+            raise UserError(
+                f"--stages: expected at most {_all_stages(model)} for {model}, "
+                f"found {settings.stages}"
+            )
+
+
 def by_run(found: Iterable[Task]) -> dict[Run, list[Task]]:
     """The tasks of each run, in the order of the first task of each."""
     grouped: dict[Run, list[Task]] = {}
@@ -153,11 +167,6 @@ def _tasks_of(table: Table, row: Row, settings: Settings) -> list[Task]:
     by_stage = "stages" in table.networks
     if settings.stages is not None or by_stage:
         config = dataclasses.replace(config, stages=settings.stages or _all_stages(row.model))
-    if config.stages > _all_stages(row.model):
-        raise UserError(
-            f"--stages: expected at most {_all_stages(row.model)} for {row.model}, "
-            f"found {config.stages}"
-        )
     networks = table.networks
     if by_stage:
         networks = tuple(f"stage-{stage}" for stage in range(config.stages + 1))

@@ -59,6 +59,7 @@ class Reproduction:
         Raises:
             UserError: the data are missing, a directory holds another run, or a run failed.
         """
+        plan.check_stages(self.asked, self.settings)
         tasks = plan.by_run(plan.tasks(self.asked, self.settings))
         if not tasks:
             methods = ", ".join(dict.fromkeys(row.method for row in self.asked.rows))
@@ -188,9 +189,16 @@ class Reproduction:
     def _so_far(self, table: Table) -> tuple[Measured, list[str]]:
         """What is measured of a table, and why the rest is not."""
         measured: dict[Row, list[Measurement]] = {}
+        others: dict[str, None] = {}
         for task in plan.tasks(table, self.settings):
-            measured.setdefault(task.row, []).append(measurements.read(self.out, task))
-        remarks = sheets.unfinished(measured, self.failures | self.busy)
+            try:
+                check_config(RunDirectory(self.out / task.run.name), task.run.config)
+                found = measurements.read(self.out, task)
+            except UserError as error:  # of a row that was not asked for
+                others[str(error)] = None
+                found = measurements.nothing(task)
+            measured.setdefault(task.row, []).append(found)
+        remarks = [*sheets.unfinished(measured, self.failures | self.busy), *others]
         without = dict.fromkeys(row.method for row in table.rows if row not in measured)
         if without:
             schedule = self.settings.schedule

@@ -398,3 +398,21 @@ def test_images_are_those_that_the_network_sees():
         verifier.decide(copy.deepcopy(network).double(), x, label, 0.1, 1.0)
         with torch.autocast("cpu", torch.bfloat16):
             verifier.decide(network, x, label, 0.1, 1.0)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that keeps forward, and changes the weight in what forward calls."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS.values(), ids=VERIFIERS)
+@pytest.mark.parametrize("own", ["class", "instance"])
+def test_a_convolution_that_computes_something_else_has_no_bounds(verifier, own):
+    layer = Standardised(1, 2, 3) if own == "class" else nn.Conv2d(1, 2, 3)
+    if own == "instance":
+        layer._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x, -weight, bias)
+    network = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).eval()
+    with pytest.raises(UnsupportedLayer, match="or a _conv_forward"):
+        verifier.decide(network, torch.full((1, 1, 4, 4), 0.5), torch.tensor([0]), 0.01, 10.0)

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.cbook import is_math_text
 
 from robust_app import curves
 from robust_app.curves import COLORS, DASHES
@@ -84,6 +85,16 @@ def test_the_legend_says_where_a_fork_begins():
     [legend] = curves.figure({"parent": parent, "fork": fork, "begun": fork[:-1]}).legends
     names = [text.get_text() for text in legend.get_texts()]
     assert names == ["parent", f"fork (from epoch {len(parent) + 1})", "begun"]
+
+
+@pytest.mark.parametrize("name", ["$SEED_$LR", "a$x^$", "a$b$c", "a_b"])
+def test_names_are_no_formulas(name):
+    page = curves.figure({name: run(epsilon=lambda _: 0.1)})
+    [legend] = page.legends
+    [text] = legend.get_texts()
+    page.canvas.draw()
+    assert text.get_text().replace("\\$", "$") == name
+    assert not is_math_text(text.get_text())
 
 
 def test_no_two_runs_look_alike():

@@ -149,6 +149,15 @@ def test_the_function_may_register_rules(here):
     assert_refused(outcome, "missing: 1.0.bias", "not of this network: 0.bias")
 
 
+def test_names_are_shown_as_they_are_and_layers_may_work_in_place(here, tmp_path):
+    (tmp_path / "new[old]").mkdir()
+    text = FACTORY + "\ndef in_place():\n    return nn.Sequential(nn.ReLU(inplace=True), make())\n"
+    (tmp_path / "new[old]" / "a.py").write_text(text)
+    status, out, err = here("evaluate", "--model", "new[old]/a.py:in_place", *ON_DIGITS)
+    assert status == 0, err
+    assert " new[old]/a.py:in_place " in out
+
+
 def test_an_operator_without_a_layer_is_named(here, tmp_path):
     nodes = [node("Flatten", "X", output="f"), node("Softmax", "f")]
     onnx.save(model(nodes, (1, 8, 8)), tmp_path / "soft.onnx")
@@ -177,6 +186,9 @@ def test_images_of_another_shape_are_refused(here, tmp_path):
         (("model.onnx", "--dataset", "digits", "--epsilon", "nan"), ("epsilon", "[0, 1]", "nan")),
         (("model.onnx", *ON_DIGITS, "--output", "."), ("--output", "a file", "folder .")),
         (("model.onnx", *ON_DIGITS, "--output", ""), ("--output", "a file", "folder .")),
+        (("model.onnx", *ON_DIGITS, "--output", "/"), ("--output", "a file", "folder /")),
+        (("a" * 300,), ("aaa", "too long")),
+        (("--model", "a" * 300 + ".py:make", *ON_DIGITS), ("aaa", "too long")),
         (("model.onnx", *ON_DIGITS, "--output", "no/o.json"), ("no/o.json", "cannot be written")),
         (("model.onnx", *ON_DIGITS, "--verifier", "ibq"), ("'ibq'", "'ibp'")),
         (("--model", "networks.py:absent", *ON_DIGITS), ("no function absent in networks.py",)),

@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import linprog
 from torch import nn
 
-from robust_app import crown, rounding
+from robust_app import crown, exact, rounding
 from robust_app.attacks import falsified
 from robust_app.certificates import ENDS, ball, certified, enclosures, margin_errors
 from robust_app.errors import UserError
@@ -236,3 +236,61 @@ def test_what_rounding_may_take_is_not_certified(sign):
         proved = crown.alpha_crown(network, x, label, epsilon).item()
         assert decide(network, x[0], 0, epsilon, time_limit=60.0).verdict is expected
         assert proved <= (expected is Verdict.CERTIFIED)
+
+
+def tent(scale):
+    """A margin of 1.5 - 100 |x - 0.375| for class 1 against 0, by hidden values of any size."""
+    network = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        network[0].weight.copy_(scale * torch.ones(3, 1))
+        network[0].bias.copy_(scale * torch.tensor([-0.35, -0.375, -0.4]))
+        network[2].weight.copy_(torch.tensor([[0.0, 0, 0], [100.0, -200.0, 100.0]]) / scale)
+        network[2].bias.copy_(torch.tensor([1.0, 0.0]))
+    return network
+
+
+@pytest.mark.parametrize("scale", [2.0**exponent for exponent in (-40, -34, -30, 0, 20, 30, 40)])
+def test_the_size_of_hidden_values_does_not_count(scale):
+    """The solver's tolerances are absolute: what is narrower it would take for nothing."""
+    network = tent(scale)
+    counterexample = torch.tensor([0.375])
+    assert network(counterexample.unsqueeze(0)).argmax(1) == 1
+    decision = decide(network, torch.tensor([0.5]), 0, 0.2, time_limit=60.0)
+    assert decision.verdict is Verdict.FALSIFIED
+    assert_counterexample(network, torch.tensor([0.5]), 0, 0.2, decision.counterexample)
+    beside = decide(network, torch.tensor([0.7]), 0, 0.2, time_limit=60.0)
+    assert beside.verdict is Verdict.CERTIFIED
+
+
+@pytest.mark.parametrize("exponent", [-40, -30, 30, 40])
+def test_random_networks_have_the_verdicts_of_any_size(exponent, monkeypatch):
+    """What the program alone says: no attack finds anything."""
+    monkeypatch.setattr(exact, "_misclassified_near", lambda *_: None)
+    verdicts = {False: [], True: []}
+    for seed, scaled in itertools.product(range(12), (False, True)):
+        network = dense_network(seed)
+        x = torch.rand(3, dtype=torch.float64)
+        label = network(x.unsqueeze(0)).argmax(1).item()
+        if scaled:
+            with torch.no_grad():
+                network[0].weight *= 2.0**exponent
+                network[0].bias *= 2.0**exponent
+                network[2].bias *= 2.0**exponent
+                network[4].weight /= 2.0**exponent
+        verdicts[scaled].append(decide(network, x, label, 0.3, time_limit=60.0).verdict)
+    assert verdicts[True] == verdicts[False]
+    assert set(verdicts[False]) == {Verdict.CERTIFIED, Verdict.UNDECIDED}
+
+
+@pytest.mark.parametrize("epsilon", [1e-7, 1e-46, 1e-50])
+def test_a_ball_too_narrow_for_the_solver_is_not_asked_about(epsilon):
+    x = torch.tensor([0.2, 0.7, 0.1])
+    assert decide(nn.Identity(), x, 1, epsilon, time_limit=5.0).verdict is Verdict.CERTIFIED
+    level = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+    with torch.no_grad():  # margins of |x - ½| - that, which intervals and lines do not prove
+        level[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        level[0].bias.copy_(torch.tensor([-0.5, 0.5]))
+        level[2].weight.copy_(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+        level[2].bias.copy_(torch.tensor([0.0, -1e-12]))
+    x = torch.tensor([0.5], dtype=torch.float64)
+    assert decide(level, x, 0, epsilon, time_limit=5.0).verdict is not Verdict.FALSIFIED

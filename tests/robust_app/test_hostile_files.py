@@ -152,7 +152,7 @@ def test_bombs_are_refused(tmp_path):
     np.savez_compressed(zeros, x_train=np.zeros(80 * MIB, np.uint8))
     (tmp_path / "a.npz").write_bytes(zeros.getvalue())
     assert len(zeros.getvalue()) < MIB
-    with pytest.raises(ValueError, match="would unpack"):
+    with pytest.raises(ValueError, match=r"would unpack to .* more than 67108864; numpy\.savez"):
         archives.read_arrays(tmp_path / "a.npz", data.KEYS)
     buffer = io.BytesIO()
     torch.save({"a": torch.zeros(MIB)}, buffer)

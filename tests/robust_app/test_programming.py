@@ -50,3 +50,18 @@ def test_without_time_nothing_is_known():
 def test_a_search_that_is_given_up_proves_nothing():
     program, taken = knapsack()
     assert not program.minimum_below(taken, -torch.ones(3), -1.5, seconds=1e-9).infeasible
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e9, 1e30])
+def test_the_size_of_variables_rows_and_costs_does_not_count(size):
+    def number(value):
+        return torch.tensor([value], dtype=torch.float64)
+
+    program = Program()
+    x = program.variables(number(0.0), number(1e-9 * size))
+    program.constrain([(number(size), x)], number(0.4e-9 * size**2), number(torch.inf))
+    for share, solved in ((0.5, True), (0.3, False)):
+        answer = program.minimum_below(x, number(size), share * 1e-9 * size**2, seconds=60.0)
+        assert (answer.solution is not None, answer.infeasible) == (solved, not solved)
+        if answer.solution is not None:
+            assert 0.399e-9 < answer.solution.item() / size < 0.501e-9

@@ -33,6 +33,15 @@ def number():
 def breaks():
     raise RuntimeError("no\\nluck")
 
+def leaves():
+    raise SystemExit(0)
+
+def opaque():
+    class Opaque(nn.Flatten):
+        def forward(self, x):
+            return super().forward(x.detach())
+    return nn.Sequential(Opaque(), nn.Linear(64, 10)).requires_grad_(False)
+
 def other_images():
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 
@@ -53,6 +62,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "networks.py").write_text(FACTORY)
     (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
     (tmp_path / "notes.txt").write_text("make = print\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(3)\n")
     return tmp_path
 
 
@@ -74,6 +84,9 @@ def test_a_function_makes_a_network_in_evaluation_mode(here, digits):
         ("networks.py:number", "networks.py:number to return an nn.Module, found int"),
         ("networks.py:breaks", r"networks.py:breaks fails \(RuntimeError: no luck\)"),
         ("broken.py:make", r"broken.py fails \(ModuleNotFoundError: .*nothing_of_this_name"),
+        ("networks.py:leaves", r"networks.py:leaves fails \(SystemExit: 0\)"),
+        ("script.py:make", r"script.py fails \(SystemExit: 3\)"),
+        ("networks.py:opaque", r"opaque: has no gradient at its images, which attacks need"),
         ("networks.py:other_images", r"other_images: does not take images of shape \(1, 8, 8\)"),
         ("networks.py:few_classes", r"at least 10 logits for each of 2 .* found \(2, 9\)"),
     ],

@@ -182,6 +182,28 @@ def test_a_directory_with_another_run_is_refused(reproduce, finished):
     assert_refused(outcome, RUN, "holds another run (seed: 7, not 0)", "--out")
 
 
+def test_another_run_in_the_place_of_a_row_not_asked_for_is_left_out(reproduce, finished):
+    def table(text):
+        return [line for line in text.splitlines() if line.startswith("|")]
+
+    report = finished / "table-3.md"
+    assert reproduce("table-3", *ONE_ROW, *TINY, "--out", finished)[0] == 0
+    before = report.read_text()
+    other = "mnist-table-f-a-advibp-0.4-paper-x0.01-seed0"
+    shutil.copytree(finished / RUN, finished / other)
+    assert reproduce("table-3", *ONE_ROW, *TINY, "--out", finished)[0] == 0
+    assert table(report.read_text()) == table(before)
+    assert f"{other}: holds another run (method: crown-ibp, not advibp" in report.read_text()
+
+
+def test_stages_are_those_of_the_rows_that_are_asked_for(reproduce):
+    deep = ("figure-a", "--models", "dm-large", "--epsilons", "0.4", "--stages")
+    assert_refused(reproduce(*deep, "6", *TINY), "mnist needs --data-root")
+    assert_refused(
+        reproduce(*deep, "7", *TINY), "--stages: expected at most 6 for dm-large, found 7"
+    )
+
+
 def test_a_fork_in_the_place_of_a_run_is_refused(reproduce, finished):
     RunDirectory(finished / RUN).write_origin([{"run": "other", "epochs": 1, "config": ""}])
     outcome = reproduce("table-3", *ONE_ROW, *TINY, "--out", finished)
