@@ -148,11 +148,11 @@ def combine(loss_gradients: Sequence[Gradients], weights: Tensor) -> Gradients:
 
 
 def _factors(weight: Tensor, limit: float) -> Iterator[Tensor]:
-    """A weight as factors that are at most a limit; on a GPU, which is not asked, one that is cut.
+    """A weight as factors that are at most a limit; but on the CPU, not asked, one that is cut.
 
     One above float32's range is of a tiny gradient, or of one that is 0.
     """
-    while not weight.is_cuda and limit < weight.abs() < torch.inf:
+    while weight.is_cpu and limit < weight.abs() < torch.inf:
         yield weight.clamp(-limit, limit)
         weight = weight.abs() / limit
     # An infinite one is for a GradScaler to see.

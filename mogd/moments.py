@@ -95,13 +95,10 @@ class Moments:
     def _include(self, parameters: Iterable[Tensor]) -> None:
         """Give parameters that are new a past of zeros."""
         new = [parameter for parameter in parameters if parameter not in self._parameters]
-        if new:
-            self._arrange([*self._parameters, *new])
-
-    def _arrange(self, parameters: Iterable[Tensor]) -> None:
-        """Hold the moments of these parameters and of no others."""
+        if not new:
+            return
         past = self._by_parameter()
-        self._parameters = dict.fromkeys(parameters)
+        self._parameters.update(dict.fromkeys(new))
         self._groups = groups(self._parameters)
         self._exp_avgs = [_zeros(group, self.losses) for group in self._groups]
         for parameter, exp_avg in self._by_parameter().items():
@@ -120,16 +117,13 @@ class Moments:
         """The state as tensors and plain containers, parameters by their position.
 
         Moments have the shape ``(K, *shape)`` and are sharded as their parameter is. Those of
-        parameters that are no longer among ``parameters`` are dropped for good.
+        parameters that are no longer among ``parameters`` are left out.
         """
-        present = set(parameters)
-        still = [parameter for parameter in self._parameters if parameter in present]
-        if len(still) < len(self._parameters):
-            self._arrange(still)
         positions = {parameter: position for position, parameter in enumerate(parameters)}
         exp_avgs = {
             positions[parameter]: stacked(exp_avg, parameter)
             for parameter, exp_avg in self._by_parameter().items()
+            if parameter in positions
         }
         return {
             "count": self.count,

@@ -41,8 +41,8 @@ class Guard:
             wait for the device, a 0-dim bool tensor.
 
         Raises:
-            FloatingPointError: if they are not, under ``"raise"``; with a scaler only where it is
-                the rule's weights that are not finite, which no scale mends.
+            FloatingPointError: if they are not, under ``"raise"``; with a scaler only on the CPU,
+                and where it is the rule's weights that are not finite, which no scale mends.
         """
         finite = each & (~each.all() | (slopes.abs() @ norms < largest))
         keep = finite.all()

@@ -341,10 +341,7 @@ class UnbiasedMultiGradient(Wrapper):
         gramian, norm_moments = moments.gramian(), moments.norms()
         largest = largest_number(reached for of in collected.gradients for reached in of)
         each = sound(losses, norms, largest)
-        if each.is_cuda or each.all():  # to look would wait for a GPU
-            prioritized = ask(self.priority, losses)
-        else:
-            prioritized = torch.zeros((), dtype=torch.int64)
+        prioritized = ask(self.priority, losses, each)
         # Copies, for a rule may work in place.
         chosen = self.rule(gramian.clone(), norm_moments.clone(), prioritized.clone())
         weighting = checked(chosen, len(losses), self.rule)

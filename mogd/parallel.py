@@ -78,7 +78,8 @@ def agree(losses: Tensor, norms: Tensor, last_weights: Tensor, look: bool) -> Te
     all_losses, all_norms, all_weights = torch.stack(parts, dim=1)
     if look:
         spread = all_norms.amax(0) - all_norms.amin(0)
-        differs = spread > 1e-3 * all_norms.amax(0)
+        finite = all_norms.isfinite()
+        differs = (spread > 1e-3 * all_norms.amax(0)) | (finite.any(0) & ~finite.all(0))
         if differs.any():
             index = int(differs.nonzero()[0])
             raise RuntimeError(UNAVERAGED.format(index=index, norms=all_norms[:, index].tolist()))

@@ -91,18 +91,22 @@ def _check_limit(limit: object) -> None:
         raise ValueError("limit must be a number to compare with, got nan")
 
 
-def ask(priority: Priority, losses: Tensor) -> Tensor:
+def ask(priority: Priority, losses: Tensor, sound: Tensor) -> Tensor:
     """The answer of a priority as a checked 0-dim integer tensor.
 
     Args:
         priority: the oracle.
         losses: detached losses, shape ``(K,)``.
+        sound: whether each loss and its gradient is finite, shape ``(K,)``. On the CPU, where
+            looking costs nothing, nobody is asked about others: the answer is 0.
 
     Raises:
         TypeError: if the answer is neither an int nor a 0-dim integer tensor.
         ValueError: if it is not an index of the losses; not looked at on a GPU, where that would
             wait for the device.
     """
+    if sound.is_cpu and not sound.all():
+        return torch.zeros((), dtype=torch.int64, device=losses.device)
     answer = priority(losses.clone())  # it may work in place
     if isinstance(answer, bool) or not isinstance(answer, Integral | Tensor):
         raise TypeError(f"priority must return an int or a 0-dim integer tensor, got {answer!r}")

@@ -18,8 +18,8 @@ class Record:
         regularization: κ_reg, the weight of each squared loss, shape ``(K,)``.
         gramian: inner products of the moments behind the weights, shape ``(K, K)``.
         norms: moments of the gradients' norms behind the weights, shape ``(K,)``.
-        prioritized: index of the loss that the priority favoured, 0-dim integer; 0 where, not on a
-            GPU, something was not finite, so that it was not asked.
+        prioritized: index of the loss that the priority favoured, 0-dim integer; 0 where, on the
+            CPU, something was not finite, so that it was not asked.
         finite: whether each loss and its gradient was, for none where only the weighted sum was
             not; the step is taken where all are. Bools, shape ``(K,)``.
     """

@@ -19,7 +19,8 @@ KEY_PARTS = 100
 """Of a key of TOML, at most: for one of thousands, Python's parser takes minutes."""
 
 _PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
-_LONG_KEY = re.compile(rf"(?<![\w-])(?:{_PART}[ \t]*+\.[ \t]*+){{{KEY_PARTS}}}")
+_BEGINS = r"(?m:^|[\[{,])[ \t]*+"
+_LONG_KEY = re.compile(rf"{_BEGINS}(?:{_PART}[ \t]*+\.[ \t]*+){{{KEY_PARTS}}}")
 
 DEPTH = 50
 """Of lists and mappings in each other."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,8 +132,8 @@ class Program:
         if seconds <= 0:
             return Answer(infeasible=False, solution=None)
         lower, upper = torch.cat(self._lower), torch.cat(self._upper)
-        variables = torch.cat(self._scales)
-        costs = costs * variables[indices]
+        scales = torch.cat(self._scales)
+        costs = costs * scales[indices]
         scale = _power_of_two(costs.abs().amax())
         costs = costs / scale
         kept, dropped = self._split(indices, costs)
@@ -157,11 +158,12 @@ class Program:
             constraints=constraints,
             options={"time_limit": seconds, "mip_rel_gap": _ANY_GAP},
         )
-        solution = None if result.x is None else torch.from_numpy(result.x) * variables
+        solution = None if result.x is None else torch.from_numpy(result.x) * scales
         return Answer(infeasible=result.status == _INFEASIBLE, solution=solution)
 
 
 def _power_of_two(values: Tensor) -> Tensor:
-    """The one above each of them, or at it; 1 for 0."""
-    exponents = torch.frexp(values).exponent
-    return torch.where(values == 0, 1.0, torch.ldexp(torch.ones_like(values), exponents))
+    """The one above each of them, or near where float64 ends; 1 for 0."""
+    exponents = torch.frexp(values).exponent.clamp(-1000, 1000).numpy()
+    powers = torch.from_numpy(np.asarray(np.ldexp(1.0, exponents)))  # exact, as torch's need not be
+    return torch.where(values == 0, 1.0, powers)

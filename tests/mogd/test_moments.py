@@ -140,18 +140,6 @@ def test_moments_that_were_saved_before_losses_were_counted_apart_are_read():
     assert_same_bits(averages(read), averages(moments))
 
 
-def test_moments_of_parameters_that_are_gone_are_dropped():
-    p, q = parameter(2), parameter(1)
-    moments, without = (Moments((0.9, 0.99), 1, CPU) for _ in range(2))
-    feed(moments, [{p: doubles(3.0, 4.0), q: doubles(1.0)}])
-    feed(without, [{q: doubles(1.0)}])
-    state = moments.state_dict([q])
-    assert_same_bits(state["exp_avg"], without.state_dict([q])["exp_avg"])
-    feed(moments, [{q: doubles(1.0)}])
-    feed(without, [{q: doubles(1.0)}])
-    assert_close(moments.gramian(), without.gramian())
-
-
 def test_parameters_may_lie_on_several_devices():
     """By what would be computed where: no GPU is needed for that."""
     with FakeTensorMode():

@@ -168,10 +168,13 @@ def test_no_oracle_is_asked_about_what_is_not_finite(poison, nonfinite):
 
 def test_an_optimizer_made_where_another_device_is_the_default_trains():
     p = torch.zeros(2, requires_grad=True)
+    good, bad = [linear(p, g) for g in AGREEING], poisoned(p, 0, root)
     with torch.device("meta"):
-        optimizer = UnbiasedMultiGradient([p], lr=0.1)
-    optimizer.backward([linear(p, g) for g in AGREEING])
-    assert optimizer.skipped == 0
+        optimizer = UnbiasedMultiGradient([p], lr=0.1, nonfinite="skip")
+        optimizer.backward(good)
+        record = optimizer.backward(bad)
+    assert optimizer.skipped == 1
+    assert record.prioritized.device == p.device
 
 
 def test_one_entry_of_one_parameter_is_enough():

@@ -8,6 +8,7 @@ from mogd import Fixed, Threshold
 from mogd.priority import ask
 
 LOSSES = torch.tensor([3.0, 4.0], dtype=torch.float64)
+SOUND = torch.ones(len(LOSSES), dtype=torch.bool)
 
 
 @pytest.mark.parametrize("index", [0, 1, 7, np.int64(1)])
@@ -61,15 +62,15 @@ def test_the_limit_may_be_moved():
     ],
 )
 def test_an_answer_may_be_an_int_or_any_0_dim_integer_tensor(answer):
-    asked = ask(lambda _: answer, LOSSES)
+    asked = ask(lambda _: answer, LOSSES, SOUND)
     assert asked.shape == ()
     assert asked.dtype == torch.int64
     assert asked == 1
 
 
 def test_the_priority_is_asked_about_the_losses():
-    assert ask(lambda losses: losses.argmax(), LOSSES) == 1
-    assert ask(lambda losses: losses.argmax(), LOSSES.flip(0)) == 0
+    assert ask(lambda losses: losses.argmax(), LOSSES, SOUND) == 1
+    assert ask(lambda losses: losses.argmax(), LOSSES.flip(0), SOUND) == 0
 
 
 @pytest.mark.parametrize(
@@ -88,14 +89,14 @@ def test_the_priority_is_asked_about_the_losses():
 )
 def test_an_answer_of_another_kind_is_refused(answer, found):
     with pytest.raises(TypeError, match=f"priority must return an int.* got {found}"):
-        ask(lambda _: answer, LOSSES)
+        ask(lambda _: answer, LOSSES, SOUND)
 
 
 @pytest.mark.parametrize("index", [-1, 2, 100])
 @pytest.mark.parametrize("kind", [int, torch.tensor])
 def test_an_answer_out_of_range_is_refused(index, kind):
     with pytest.raises(ValueError, match=f"an index of 2 losses, got {index}"):
-        ask(lambda _: kind(index), LOSSES)
+        ask(lambda _: kind(index), LOSSES, SOUND)
 
 
 @pytest.mark.parametrize("measure", [None, 0.1, LOSSES])
@@ -106,7 +107,7 @@ def test_threshold_refuses_a_measure_that_cannot_be_called(measure):
 
 def test_what_a_priority_does_in_place_is_not_seen():
     losses = LOSSES.clone()
-    assert ask(lambda values: values.neg_().argmax(), losses) == 0
+    assert ask(lambda values: values.neg_().argmax(), losses, SOUND) == 0
     assert torch.equal(losses, LOSSES)
 
 

@@ -1,6 +1,7 @@
 """Files that would execute something, or claim more than they hold: refused, in every loader."""
 
 import io
+import json
 import pickle
 import struct
 import zipfile
@@ -238,6 +239,11 @@ def test_a_key_of_too_many_parts_is_refused_before_it_is_parsed(part, dot, place
 def test_lists_may_be_long():
     numbers = [i + 0.5 for i in range(5000)]
     assert documents.parse_toml(f"a = {numbers}") == {"a": numbers}
+
+
+@pytest.mark.parametrize("text", ["a." * 1000, '"' * 30000], ids=["dots", "quotes"])
+def test_a_value_is_no_key(text):
+    assert documents.parse_toml(f"a = {json.dumps(text)}") == {"a": text}
 
 
 @pytest.mark.parametrize("text", ["a", "'", '"', '"\\"', "a.", "1.", "a ", '"a', ". ", "a.b, "])

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from robust_app.programming import Program
+from robust_app.programming import Program, _power_of_two
 
 
 def knapsack():
@@ -65,3 +67,13 @@ def test_the_size_of_variables_rows_and_costs_does_not_count(size):
         assert (answer.solution is not None, answer.infeasible) == (solved, not solved)
         if answer.solution is not None:
             assert 0.399e-9 < answer.solution.item() / size < 0.501e-9
+
+
+def test_powers_of_two_are_exact_and_above():
+    values = [0.0, 1.0, 3.0, 0.7, 1e60, 1e-60, 1e250, 1e-250, 2.0**-3]
+    found = _power_of_two(torch.tensor(values, dtype=torch.float64)).tolist()
+    assert found[:4] == [1.0, 2.0, 4.0, 1.0]
+    for value, power in zip(values[1:], found[1:], strict=True):
+        assert math.frexp(power)[0] == 0.5
+        assert 0.5 <= value / power < 1
+    assert all(0 < p < math.inf for p in _power_of_two(torch.tensor([1.7e308, 5e-324]).double()))
