@@ -148,7 +148,7 @@ def combine(loss_gradients: Sequence[Gradients], weights: Tensor) -> Gradients:
 
 
 def _factors(weight: Tensor, limit: float) -> Iterator[Tensor]:
-    """A weight as factors that are at most a limit; but on the CPU, not asked, one that is cut.
+    """On the CPU a weight as factors that are at most a limit; elsewhere, not asked, one, cut.
 
     One above float32's range is of a tiny gradient, or of one that is 0.
     """

@@ -95,10 +95,19 @@ class Moments:
     def _include(self, parameters: Iterable[Tensor]) -> None:
         """Give parameters that are new a past of zeros."""
         new = [parameter for parameter in parameters if parameter not in self._parameters]
-        if not new:
-            return
+        if new:
+            self._arrange([*self._parameters, *new])
+
+    def keep_only(self, parameters: Iterable[Tensor]) -> None:
+        """Forget the gradients of all others, which are no longer the optimizer's."""
+        present = set(parameters)
+        kept = [parameter for parameter in self._parameters if parameter in present]
+        if len(kept) < len(self._parameters):
+            self._arrange(kept)
+
+    def _arrange(self, parameters: Iterable[Tensor]) -> None:
         past = self._by_parameter()
-        self._parameters.update(dict.fromkeys(new))
+        self._parameters = dict.fromkeys(parameters)
         self._groups = groups(self._parameters)
         self._exp_avgs = [_zeros(group, self.losses) for group in self._groups]
         for parameter, exp_avg in self._by_parameter().items():

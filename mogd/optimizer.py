@@ -354,6 +354,7 @@ class UnbiasedMultiGradient(Wrapper):
             if self._weigh_by is not None:
                 weighed, weighed_norms = restricted(weighed, self._weigh_by, device)
                 weighed_norms = weighed_norms if unscale is None else weighed_norms * unscale
+            moments.keep_only(self._parameters())
             moments.update(weighed, weighed_norms, scale=unscale, keep=mask)
             self._moments = moments
         if keep is not False or scaler is not None:

@@ -19,6 +19,7 @@ KEY_PARTS = 100
 """Of a key of TOML, at most: for one of thousands, Python's parser takes minutes."""
 
 _PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
+# In a string or a comment, what looks like such a key is refused too.
 _BEGINS = r"(?m:^|[\[{,])[ \t]*+"
 _LONG_KEY = re.compile(rf"{_BEGINS}(?:{_PART}[ \t]*+\.[ \t]*+){{{KEY_PARTS}}}")
 

@@ -390,6 +390,13 @@ def test_a_group_that_is_taken_away_is_in_no_state():
     assert same(resumed.state_dict(), saved)
     optimizer.param_groups.append(taken)  # and it is back, moments and all
     assert same(optimizer.state_dict()["moments"]["exp_avg"], whole)
+    del optimizer.param_groups[1]
+    again = copy.deepcopy(model)
+    resumed = UnbiasedMultiGradient(again[0].parameters(), lr=0.05)
+    resumed.load_state_dict(saved)
+    for module, goes_on in ((model, optimizer), (again, resumed)):
+        train(module, goes_on)
+    assert same(list(again.parameters()), list(model.parameters()))
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

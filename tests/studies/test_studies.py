@@ -48,6 +48,7 @@ from tests.studies.variations import (
 
 HERE = Path(__file__).parent
 QUIET = Console(quiet=True)
+SOUND = torch.ones(2, dtype=torch.bool)
 OWN, OF_MOMENTS, FIRST, UNREGULARIZED = changed_rules((1, 3))
 VARIATIONS = [*weighted_sums((1, 2), (2, 1)), *bisectors((1, 1), (1, 3)), OWN, OF_MOMENTS]
 
@@ -190,14 +191,14 @@ def test_what_differs_in_conflict_alone(variation, favoured, regularization):
         [torch.nn.Parameter(torch.zeros(2))], lr=0.1, rule=rule, priority=Fixed(1)
     )
     variation.apply_to(optimizer)
-    assert int(ask(optimizer.priority, torch.ones(2))) == favoured
+    assert int(ask(optimizer.priority, torch.ones(2), SOUND)) == favoured
     assert optimizer.rule.regularization == regularization
 
 
 def test_a_priority_by_lot_favours_the_first_in_its_share():
     torch.manual_seed(0)
     [variation] = shared_priorities(0.25)
-    answers = torch.stack([ask(variation.priority, torch.ones(2)) for _ in range(400)])
+    answers = torch.stack([ask(variation.priority, torch.ones(2), SOUND) for _ in range(400)])
     assert 60 < int((answers == 0).sum()) < 140
 
 
