@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from robust_app import recipes
 from robust_app.errors import UserError
 from robust_app.reproduction import paper
-from robust_app.reproduction.plan import Settings, by_run, parse_seeds, shared_radius, tasks
+from robust_app.reproduction.plan import (
+    Settings,
+    by_run,
+    check_stages,
+    parse_seeds,
+    shared_radius,
+    tasks,
+)
 
 TABLES = st.sampled_from(paper.names()).map(paper.find)
 SETTINGS = st.builds(
@@ -90,6 +97,15 @@ def test_figure_a_has_a_stage_for_every_layer_but_the_last(model, stages):
     for task in tasks(paper.select(paper.find("figure-a"), [model], ["0.3"]), Settings()):
         assert task.run.config.stages == stages
         assert task.networks == tuple(f"stage-{stage}" for stage in range(stages + 1))
+
+
+def test_only_rows_that_are_asked_for_need_as_many_layers():
+    whole, settings = paper.find("figure-a"), Settings(stages=6)
+    deep = paper.select(whole, models=["dm-large"])
+    assert set(tasks(deep, settings)) < set(tasks(whole, settings))  # the others' are shown empty
+    check_stages(deep, settings)
+    with pytest.raises(UserError, match="--stages: expected at most 3 for dm-small, found 6"):
+        check_stages(whole, settings)
 
 
 def test_stages_may_be_fewer():
