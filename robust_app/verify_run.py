@@ -78,8 +78,8 @@ def check_files(directory: RunDirectory, kept: Kept) -> None:
         UserError: a file is missing, damaged, of another configuration or of other epochs than
             the checkpoint.
     """
-    state = checkpoint.load(directory.checkpoint_file)
-    session.check_config(state, directory.config(), directory.checkpoint_file)
+    state, config = checkpoint.load(directory.checkpoint_file), directory.config()
+    session.check_config(state, config, directory.checkpoint_file)
     done = state.get("epochs_done")
     if not isinstance(done, int) or not INTEGER.admits(done):
         raise UserError(f"{directory.checkpoint_file}: damaged (it does not say how many epochs)")
@@ -97,7 +97,6 @@ def check_files(directory: RunDirectory, kept: Kept) -> None:
         )
     if lost := session.lost_best(directory):
         raise UserError(lost)
-    config = directory.config()
     ended = (done - config.epochs) // config.stage_epochs + 1 if config.stages else 0
     stages = {f"stage-{s}": config.epochs + s * config.stage_epochs for s in range(ended)}
     expected = {"best": session.best_epoch(metrics[:done]), "last": done}
