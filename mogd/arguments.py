@@ -1,5 +1,6 @@
 """What an optimizer may be given, checked where it is given and not where it is first used."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -30,8 +31,19 @@ def make_base(params: Any, base: Callable[..., Optimizer], options: Mapping[str,
             f"(model.parameters(), torch.optim.Adam, lr=1e-3), got a made {found}"
         )
     if not callable(base):
-        raise TypeError(f"base must be callable, got {base!r}")
-    made = base(params, **options)
+        raise TypeError(
+            "base must be an optimizer's class, its options beside it "
+            f"(model.parameters(), torch.optim.Adam, lr=1e-3), got {base!r}"
+        )
+    try:
+        made = base(params, **options)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise TypeError(
+            f"{error}: options other than moment_decay, rule, priority, nonfinite and weigh_by "
+            "go to the base"
+        ) from error
     if not isinstance(made, Optimizer) or isinstance(made, Wrapper):
         raise TypeError(
             "base must make a torch.optim.Optimizer that steps by itself, "
@@ -43,13 +55,33 @@ def make_base(params: Any, base: Callable[..., Optimizer], options: Mapping[str,
 def as_rule(rule: Rule | Callable[[Tensor], Tensor]) -> Rule:
     """A rule, or a TypeError."""
     _check_callable("rule", rule, "Constant((1.0, 2.0))")
-    return rule if isinstance(rule, Rule) else GramianRule(rule)
+    if isinstance(rule, Rule):
+        return rule
+    if not _takes_one(rule):
+        raise TypeError(
+            "rule must take the Gramian alone; one that takes gramian, norms and prioritized "
+            f"derives from mogd.Rule, got {rule!r}"
+        )
+    return GramianRule(rule)
 
 
 def as_priority(priority: Priority) -> Priority:
     """A priority, or a TypeError."""
     _check_callable("priority", priority, "Fixed(1)")
     return priority
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Whether it can be called with one argument, as far as its signature tells."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a function that is not Python's
+        return True
+    try:
+        signature.bind(None)
+    except TypeError:
+        return False
+    return True
 
 
 def _check_callable(name: str, value: object, example: str) -> None:

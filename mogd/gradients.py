@@ -1,6 +1,7 @@
 """The gradient of each loss on its own, taken off the parameters' ``.grad``."""
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -16,12 +17,22 @@ freed before the next loss is made: make each loss from a forward pass of its ow
 backward() a list"""
 FREED_GRAPH = """\
 losses[{index}] has a graph that a backward pass before this one has freed: make the losses anew \
-for each backward() of the optimizer, and call none of your own"""
+for each backward() of the optimizer, and call none of your own; a closure returns the losses or \
+calls backward(), not both"""
 
 COMPILED_GRAPH = """\
 losses[{index}] has a graph that torch.compile made for one backward pass alone, and losses of a \
 list may share theirs: give backward() an iterator that makes each loss by a forward pass of its \
 own, or set torch._functorch.config.donated_buffer = False before the first one"""
+
+AVERAGED_TWICE = """\
+losses[{index}] has parameters that DistributedDataParallel has averaged for a loss before it: \
+each loss needs a forward pass of its own through the wrapped module, then its own backward pass, \
+before the next loss, so give backward() a generator that yields the losses one by one"""
+
+LOST_GRADIENT = """\
+backward() replaces what .grad holds, along which no step was taken: gather micro-batches inside \
+accumulate(), add penalties to the losses, and call step() or zero_grad() between two backward()"""
 
 
 @dataclass
@@ -73,6 +84,8 @@ class LossGradients:
                     reason = SHARED_GRAPH if index and isinstance(losses, Iterator) else FREED_GRAPH
                 elif "donated buffers" in str(error):
                     reason = COMPILED_GRAPH
+                elif "ready only once" in str(error):
+                    reason = AVERAGED_TWICE
                 else:
                     raise
                 raise RuntimeError(reason.format(index=index)) from error
@@ -92,6 +105,10 @@ def each(losses: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     """Every loss with whether a later one may need its graph; checked one by one."""
     if isinstance(losses, Tensor) and losses.dim() == 0:
         raise TypeError("losses must be an iterable of scalar tensors, got one 0-dim tensor")
+    if isinstance(losses, Mapping):
+        raise TypeError(
+            f"losses must be scalar tensors, got a {type(losses).__name__}: give its values()"
+        )
     if not isinstance(losses, Iterable):
         raise TypeError(
             f"losses must be an iterable of scalar tensors, got {type(losses).__name__}"
@@ -110,11 +127,18 @@ def each(losses: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         if not loss.requires_grad:
             raise ValueError(
                 f"losses[{index}] has no graph to differentiate: it was detached, or computed "
-                "under no_grad or from nothing that requires a gradient"
+                "under no_grad or inference_mode or from nothing that requires a gradient "
+                "(to switch a loss off, multiply it by 0)"
             )
         index += 1  # noqa: SIM113 (enumerate would keep the loss before alive)
         yield loss.reshape(()), index < len(shared)
         del loss
+
+
+def warn_of_lost(parameters: Iterable[Tensor]) -> None:
+    """Warn if there is a gradient, which the backward pass to come replaces."""
+    if any(parameter.grad is not None for parameter in parameters):
+        warnings.warn(LOST_GRADIENT, stacklevel=5)  # the caller of backward, past its decorator
 
 
 def known_number(losses: Iterable[Tensor]) -> int | None:

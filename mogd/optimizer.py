@@ -14,7 +14,7 @@ from mogd import parallel
 from mogd.arguments import as_priority, as_rule, decays, make_base
 from mogd.bisector_projection import BisectorProjection
 from mogd.closure import MICRO_BATCHES, check_gradient, needs_closure, reevaluation
-from mogd.gradients import LossGradients, combine, known_number
+from mogd.gradients import LossGradients, combine, known_number, warn_of_lost
 from mogd.moments import Moments, norm
 from mogd.nonfinite import Guard, largest_number, sound
 from mogd.priority import Fixed, Priority, ask
@@ -97,6 +97,7 @@ class UnbiasedMultiGradient(Wrapper):
         self._accumulating = False
         self._pending: LossGradients | None = None  # micro-batches not yet combined
         self._keep: Tensor | bool = True  # may the base step; a tensor to keep it on the device
+        self._untaken = False  # a .grad that there is is one along which no step was taken
         self._weigh_by = some_of(self._parameters(), weigh_by)
 
     @property
@@ -143,7 +144,8 @@ class UnbiasedMultiGradient(Wrapper):
     ) -> Record | None:
         """Differentiate each loss and leave the weighted gradient in the parameters' ``.grad``.
 
-        What ``.grad`` held before is replaced. Leaves other than the parameters get their own
+        What ``.grad`` held before is replaced, with a warning if no step was taken along it since
+        the last ``backward`` or ``zero_grad``. Leaves other than the parameters get their own
         ``.grad`` as usual.
 
         Args:
@@ -172,6 +174,8 @@ class UnbiasedMultiGradient(Wrapper):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         if scaler is not None and not scaler.is_enabled():
             scaler = None
+        if self._untaken and self._pending is None and scaler is None:
+            warn_of_lost(self._parameters())
         collected, self._pending = self._pending or LossGradients(), None
         shared = self.distributed and not self._accumulating
         try:
@@ -181,7 +185,9 @@ class UnbiasedMultiGradient(Wrapper):
             collected.add(losses, self._parameters(), scaler)
             if self._moments is not None and self._moments.losses != len(collected.losses):
                 raise ValueError(
-                    f"losses must be {self._moments.losses} as before, got {len(collected.losses)}"
+                    f"losses must be {self._moments.losses} as before, or as in the state that was "
+                    f"loaded, got {len(collected.losses)}: for others make a new optimizer, whose "
+                    "base may load the state of this one's"
                 )
             if shared and number is None:
                 parallel.agree_on_number(len(collected.losses))
@@ -276,12 +282,13 @@ class UnbiasedMultiGradient(Wrapper):
         if keep is False:  # unless a plain backward() has left gradients since
             keep = any(parameter.grad is not None for parameter in self._parameters())
         self._base_step(keep, objective)
+        self._untaken = False
         return record
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the parameters' ``.grad`` and drop what :meth:`accumulate` gathered."""
         self = self._itself()
-        self._pending, self._keep = None, True
+        self._pending, self._keep, self._untaken = None, True, set_to_none
         super().zero_grad(set_to_none)
 
     def __repr__(self) -> str:
@@ -314,11 +321,12 @@ class UnbiasedMultiGradient(Wrapper):
             "_guard": guard,
             "_pending": None,
             "_keep": True,
+            "_untaken": False,
         }
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "_moment_decay", "distributed", "last", "_rule", "_priority", "_moments")
-        others = ("_guard", "_pending", "_keep", "_weigh_by")
+        others = ("_guard", "_pending", "_keep", "_untaken", "_weigh_by")
         # A copy that is made inside accumulate() is not inside of it itself.
         return {name: vars(self)[name] for name in names + others} | {"_accumulating": False}
 
@@ -365,4 +373,5 @@ class UnbiasedMultiGradient(Wrapper):
                     local(gradient).masked_fill_(drop.to(gradient.device), 0.0)
                 parameter.grad = gradient
         self._keep = keep if scaler is None else True
+        self._untaken = True
         return self.last

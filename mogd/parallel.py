@@ -9,17 +9,18 @@ from torch import Tensor
 
 UNAVERAGED = """\
 the processes hold different gradients of losses[{index}] (norms {norms}), so its gradients were \
-not averaged over the processes. With DistributedDataParallel, each loss needs a forward pass of \
-its own through the wrapped module, followed by its own backward pass, before the next loss: give \
-backward() a generator that yields the losses one by one. One forward pass for several losses, \
-all forward passes before the backward passes, a loss computed through ddp.module, and no_sync() \
-around the last micro-batch are not averaged. If every process is meant to train a model of its \
-own, set optimizer.distributed = False."""
+not averaged over the processes. Is the model wrapped in DistributedDataParallel? Then each loss \
+needs a forward pass of its own through the wrapped module, followed by its own backward pass, \
+before the next loss: give backward() a generator that yields the losses one by one. One forward \
+pass for several losses, all forward passes before the backward passes, a loss computed through \
+ddp.module, and no_sync() around the last micro-batch are not averaged. If every process is meant \
+to train a model of its own, set optimizer.distributed = False."""
 
 DISAGREEING = """\
-the processes weighed the losses differently at the last step (weights {weights}): the priority \
-answered from the data of its own process. Average what it measures with \
-mogd.parallel.average(...) before comparing."""
+the processes weighed the losses differently at the last step (weights {weights}), so their models \
+are no longer the same. Either the priority answered from the data of its own process: average \
+what it measures with mogd.parallel.average(...) before comparing. Or the optimizers were not the \
+same before: made with other options, or a state was loaded in some processes alone."""
 
 
 def world_size() -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mogd.rules import conflicting
+from mogd.rules import Weighting, conflicting, slopes
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,14 @@ class Record:
     norms: Tensor
     prioritized: Tensor
     finite: Tensor
+
+    @property
+    def factors(self) -> Tensor:
+        """What each loss's gradient was multiplied by, κ + 2 κ_reg L, shape ``(K,)``.
+
+        Source: paper, Algorithm 2, line 11.
+        """
+        return slopes(Weighting(self.weights, self.regularization), self.losses)
 
     @property
     def conflict(self) -> Tensor:

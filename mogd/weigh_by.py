@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mogd.moments import norm
 from mogd.packs import Gradients
@@ -15,7 +15,7 @@ def some_of(
     """What to weigh by, or a TypeError or ValueError."""
     if weigh_by is None:
         return None
-    if isinstance(weigh_by, Tensor) or not isinstance(weigh_by, Iterable):
+    if isinstance(weigh_by, Tensor | nn.Module) or not isinstance(weigh_by, Iterable):
         raise TypeError(
             "weigh_by must be an iterable of parameters (layer.parameters()), "
             f"got {type(weigh_by).__name__}"

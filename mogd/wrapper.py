@@ -52,9 +52,9 @@ class Wrapper(Optimizer):
 
         Raises:
             TypeError: if ``state_dict`` is no mapping.
-            ValueError: if the state is another optimizer's or does not fit the parameters;
-                nothing has changed then. The state of another base is refused where that base
-                refuses it.
+            ValueError: if the state is another optimizer's or does not fit the parameters, or is
+                of another base, where that shows: by an option that it lacks, or because the base
+                refuses it. Nothing has changed then.
         """
         self = self._itself()
         if not isinstance(state_dict, Mapping):
@@ -69,9 +69,11 @@ class Wrapper(Optimizer):
                 "(a base optimizer's own state loads through optimizer.base.load_state_dict)"
             )
         before = self.state, self.param_groups
+        options = [set(self.defaults) & set(group) for group in self.param_groups]
         try:
             attributes = self._from_added_state(state_dict)
             self.base.load_state_dict(state_dict)
+            self._check_options(options)
         except Exception as error:
             if self.state is not before[0]:
                 self.state = before[0]
@@ -84,6 +86,16 @@ class Wrapper(Optimizer):
         vars(self).update(attributes)
         for conclude in self._optimizer_load_state_dict_post_hooks.values():
             conclude(self)
+
+    def _check_options(self, options: list[set[str]]) -> None:
+        """Check that the groups which were loaded have the options of those before."""
+        groups = zip(options, self.param_groups, strict=True)
+        lacking = set().union(*(names - set(group) for names, group in groups))
+        if lacking:
+            raise ValueError(
+                f"state_dict is of another base: its param_groups lack {sorted(lacking)}, options "
+                f"of {type(self.base).__name__}"
+            )
 
     def _added_state(self) -> dict[str, Any]:
         """The entries of :meth:`state_dict` beside the base's."""

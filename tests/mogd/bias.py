@@ -55,6 +55,7 @@ def deviations(seed, batches):
     optimizer = UnbiasedMultiGradient([theta], lr=0.1)
     for _ in range(HISTORY):
         optimizer.backward(problem.losses(theta, problem.batch()))
+        optimizer.zero_grad()
     past, own = [], []
     for _ in range(batches):
         rows = problem.batch()

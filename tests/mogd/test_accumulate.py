@@ -118,6 +118,7 @@ def test_the_first_call_outside_combines():
     optimizer.backward([linear(p, (1, 1)), linear(p, (2, 2))])
     # κ = (1, 12/25) of the step before; Σ g₁ = (7, 1), Σ g₂ = (2, 8)
     assert_close(p.grad, doubles(7, 1) + 0.48 * doubles(2, 8))
+    optimizer.zero_grad()
     record = optimizer.backward([linear(p, (1, 1)), linear(p, (2, 2))])
     # The sums were one step: m = (0.9·g + Σg) / 1.9
     m = (

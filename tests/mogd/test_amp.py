@@ -230,6 +230,7 @@ def test_half_precision_parameters_have_float32_moments(dtype):
     point = nn.Parameter(torch.ones(2, dtype=dtype))
     optimizer = UnbiasedMultiGradient([point], lr=0.25, moment_decay=(0.75, 0.75))
     for gradient in (1 + eps, 1.0):
+        optimizer.zero_grad()
         optimizer.backward([(point * gradient).sum(), point.sum()])
     assert point.grad.dtype == dtype
     (exp_avg,) = optimizer.state_dict()["moments"]["exp_avg"].values()

@@ -227,7 +227,7 @@ def test_a_lazily_conjugated_gradient_is_taken_as_plain_numbers():
         (1.0, TypeError, "iterable of scalar tensors, got float"),
         (None, TypeError, "iterable of scalar tensors, got NoneType"),
         ([1.0], TypeError, r"losses\[0\] must be a scalar tensor, got float"),
-        ({"a": 1}, TypeError, r"losses\[0\] must be a scalar tensor, got str"),
+        ({"a": 1}, TypeError, r"got a dict: give its values\(\)"),
         ([torch.ones(3, requires_grad=True)], ValueError, r"losses\[0\] .* shape \(3,\)"),
         ([torch.ones(0, requires_grad=True)], ValueError, r"losses\[0\] .* shape \(0,\)"),
         (torch.ones(1, 2, requires_grad=True), ValueError, r"losses\[0\] .* shape \(2,\)"),

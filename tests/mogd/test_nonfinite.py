@@ -172,6 +172,7 @@ def test_an_optimizer_made_where_another_device_is_the_default_trains():
     with torch.device("meta"):
         optimizer = UnbiasedMultiGradient([p], lr=0.1, nonfinite="skip")
         optimizer.backward(good)
+        optimizer.zero_grad()
         record = optimizer.backward(bad)
     assert optimizer.skipped == 1
     assert record.prioritized.device == p.device

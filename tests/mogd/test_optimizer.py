@@ -100,6 +100,7 @@ def test_grad_is_replaced_not_added_to():
         weights_next(optimizer, *AGREEING)
         weights = optimizer.last.weights
         assert_close(p.grad, weights @ doubles(*AGREEING))
+        optimizer.step()
 
 
 def test_grad_may_be_clipped_before_the_step():
@@ -210,6 +211,7 @@ def test_the_gradients_of_a_batch_change_the_weights_of_the_next():
     _, optimizer = optimizer_after(AGREEING)
     weights_next(optimizer, *CONFLICTING)
     first = optimizer.last.weights
+    optimizer.zero_grad()
     assert not torch.equal(weights_next(optimizer), first)
 
 
@@ -278,6 +280,7 @@ def test_weights_and_grad_are_finite_for_any_stream(stream, favoured):
     for gradients in (stream, STREAMS["zero"], stream, STREAMS["tiny"]):
         assert weights_next(optimizer, *gradients).isfinite().all()
         assert p.grad.isfinite().all()
+        optimizer.zero_grad()
 
 
 def test_zero_gradients_forever_weigh_evenly_and_move_nothing():
@@ -302,6 +305,7 @@ def test_a_parameter_that_no_loss_reaches_keeps_none():
 def test_a_parameter_that_one_loss_reaches_gets_its_share():
     p, q, optimizer = two_parameters()
     for weights in ((0.5, 0.5), None):
+        optimizer.zero_grad()
         record = optimizer.backward([linear(p, (3, 0)) + linear(q, (4,)), linear(p, (3, 4))])
         if weights:
             assert_close(record.weights, doubles(*weights))

@@ -227,6 +227,22 @@ def independent(rank: int, world: int) -> int:
     return int(optimizer.state_dict()["moments"]["count"])
 
 
+class HeadsApart(Network):
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        hidden = self.body(x).tanh()
+        return [head(hidden) for head in self.heads]
+
+
+def heads_of_one_forward(rank: int, world: int) -> str:
+    model = DistributedDataParallel(HeadsApart())
+    optimizer = UnbiasedMultiGradient(model.parameters(), lr=0.05)
+    try:
+        optimizer.backward([y.square().mean() for y in model(batch(0, rank, world))])
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
 def unwrapped(rank: int, world: int) -> str:
     """A model for each process without saying so."""
     model = Network()
@@ -307,6 +323,7 @@ CHECKS: dict[str, Callable[[int, int], Any]] = {
     "priority of its own": priority_of_its_own,
     "independent": independent,
     "unwrapped": unwrapped,
+    "heads of one forward": heads_of_one_forward,
     "overflow": overflow,
     "average": average,
     "default device": default_device,
@@ -351,6 +368,13 @@ def test_gradients_that_were_not_averaged_are_refused(processes, pattern):
         )
         assert "give backward() a generator" in found[pattern]["message"]
         assert found[pattern]["unchanged"]
+
+
+def test_a_loss_for_each_output_of_one_forward_pass_is_told_what_to_do(processes):
+    for found in processes:
+        message = found["heads of one forward"]
+        assert message.startswith("losses[1] has parameters that DistributedDataParallel has av")
+        assert "give backward() a generator" in message
 
 
 def test_what_is_not_finite_in_one_process_counts_in_all(processes):

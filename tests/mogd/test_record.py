@@ -31,12 +31,20 @@ def test_the_cosines_computed_by_hand(gradients, cosine):
     assert_close(record.cosines, doubles([1, cosine], [cosine, 1]))
 
 
+def test_the_factors_are_what_the_gradients_were_multiplied_by():
+    p, optimizer = optimizer_after(CONFLICTING, priority=lambda _: 1)
+    record = optimizer.backward([linear(p, (1, 0), value=5.0), linear(p, (0, 1), value=3.0)])
+    assert_close(record.factors, doubles(4 / 3, 1 + 2 * 0.5 * 3.0))
+    assert_close(p.grad, record.factors)
+
+
 def test_they_are_of_the_past_and_not_of_this_batch():
     p, optimizer = optimizer_after()
-    cosines = [
-        optimizer.backward([linear(p, gradient) for gradient in gradients]).cosines[0, 1].item()
-        for gradients in (AGREEING, CONFLICTING, AGREEING)
-    ]
+    cosines = []
+    for gradients in (AGREEING, CONFLICTING, AGREEING):
+        optimizer.zero_grad()
+        record = optimizer.backward([linear(p, gradient) for gradient in gradients])
+        cosines.append(record.cosines[0, 1].item())
     # Before the third, m₁ lies along (1, 0) and m₂ along 0.9 (4, 3) + (-4, 3) = (-0.4, 5.7).
     assert cosines == pytest.approx([0.0, 0.8, -0.4 / math.hypot(0.4, 5.7)])
 

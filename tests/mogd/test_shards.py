@@ -249,7 +249,7 @@ def test_another_number_of_losses_in_one_process_is_refused_in_all(processes):
 def test_an_iterator_that_ends_before_the_others_names_what_is_wrong_and_nobody_waits(tmp_path):
     """Once the number is known; its process leaves, and so its connections are closed."""
     *others, last = reports({"found": shorter_iterator}, 2, tmp_path)
-    assert last["found"] == "ValueError: losses must be 2 as before, got 1"
+    assert last["found"].startswith("ValueError: losses must be 2 as before")
     assert all(other["found"].startswith("RuntimeError: ") for other in others)
 
 

@@ -295,12 +295,19 @@ def foreign_states():
     shallow = network()
     descent = UnbiasedMultiGradient(shallow.parameters(), lr=0.1, momentum=0.9)
     train(shallow, descent)
+    plain = network()
+    settled = UnbiasedMultiGradient(plain.parameters(), lr=0.1)  # no state that Adam would miss
+    train(plain, settled)
     return {
         "base alone": (optimizer.base.state_dict(), r"lacks \['moment_decay', 'moments', 'skipped"),
         "other shapes": (other.state_dict(), r"parameter 0 has shape \(2, 5, 3\).*\(2, 4, 3\)"),
         "more parameters": (more.state_dict(), "has parameter 4.* only 4"),
         "fewer parameters": (fewer.state_dict(), "doesn't match the size"),
         "another base": (descent.state_dict(), "damaged, or not of Adam: "),
+        "another base without state": (
+            settled.state_dict(),
+            r"of another base: its param_groups lack \[.*'betas'.*\], options of Adam",
+        ),
         "other groups": (
             state | {"param_groups": state["param_groups"] * 2},
             "different number of parameter groups",
@@ -328,6 +335,7 @@ def foreign_states():
         "more parameters",
         "fewer parameters",
         "another base",
+        "another base without state",
         "other groups",
         "no norms",
         "other K",

@@ -48,6 +48,7 @@ def test_gramian_and_norms_are_of_the_named_parameters_and_the_step_of_all():
     assert a.grad.tolist() == [1.0, 0.5]
     assert b.grad.tolist() == [150.0]
 
+    optimizer.zero_grad()
     second = optimizer.backward(objectives())
 
     torch.testing.assert_close(

@@ -1,5 +1,6 @@
 """What is refused, and that a refusal changes nothing."""
 
+import copy
 import math
 from fractions import Fraction
 
@@ -27,7 +28,8 @@ def test_the_number_of_losses_may_not_change():
     p, optimizer = optimizer_after(AGREEING)
     before = snapshot(optimizer)
     for losses in (1, 3):
-        with pytest.raises(ValueError, match=f"losses must be 2 as before, got {losses}"):
+        message = f"losses must be 2 as before, .* got {losses}: .* a new optimizer"
+        with pytest.raises(ValueError, match=message):
             optimizer.backward([linear(p, (1, 0))] * losses)
         assert p.grad is None
         assert_same_bits(snapshot(optimizer), before)
@@ -122,6 +124,8 @@ def test_sparse_gradients_are_refused_by_name_and_change_nothing():
         (lambda p: [p], ValueError, r"losses\[0\] must be a scalar, got shape \(2,\)"),
         (lambda p: [p.sum(), p.detach().sum()], ValueError, r"losses\[1\] has no graph"),
         (lambda p: p.sum(), TypeError, "losses must be an iterable of scalar tensors, got one"),
+        (lambda p: {"a": p.sum()}, TypeError, r"got a dict: give its values\(\)"),
+        (lambda p: [p.sum(), torch.zeros(())], ValueError, "switch a loss off, multiply it by 0"),
         (lambda p: [p.sum(), 1.0], TypeError, r"losses\[1\] must be a scalar tensor, got float"),
         (lambda p: [p.sum() * 1j], TypeError, r"losses\[0\] must be real, got torch.complex128"),
     ],
@@ -147,14 +151,19 @@ def test_losses_of_the_wrong_kind_are_refused_and_change_nothing(losses, error, 
         ({"moment_decay": "ab"}, ValueError, "moment_decay must be .* got 'ab'"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite must be 'raise' or 'skip', got 'ignore'"),
         ({"nonfinite": True}, ValueError, "nonfinite must be 'raise' or 'skip', got True"),
-        ({"base": "SGD"}, TypeError, "base must be callable, got 'SGD'"),
+        ({"base": "SGD"}, TypeError, r"base must be .* \(model.parameters\(\), .* got 'SGD'"),
+        ({"base": 1e-3}, TypeError, r"torch\.optim\.Adam, lr=1e-3\), got 0\.001"),
+        ({"prioritiy": Fixed(1)}, TypeError, r"'prioritiy': options other than .* go to the base"),
         ({"base": lambda params: 3}, TypeError, r"base must make a .*Optimizer .*, got int"),
         ({"base": UnbiasedMultiGradient}, TypeError, "base must .* got UnbiasedMultiGradient"),
         ({"rule": "bisector"}, TypeError, r"callable, as mogd\.Constant\(.*got 'bisector'"),
         ({"rule": BisectorProjection}, TypeError, "rule .* the class BisectorProjection: call it"),
+        ({"rule": lambda g, v, i: v}, TypeError, r"rule must take the Gramian alone; .*mogd\.Rule"),
+        ({"rule": lambda: 1}, TypeError, "rule must take the Gramian alone"),
         ({"priority": 1}, TypeError, r"callable, as mogd\.Fixed\(1\) is, got 1"),
         ({"priority": Fixed}, TypeError, "priority must be an instance, got the class Fixed"),
         ({"weigh_by": torch.nn.Linear(1, 1)}, TypeError, "weigh_by must be .* got Linear"),
+        ({"weigh_by": torch.nn.Sequential()}, TypeError, "layer.parameters.* got Sequential"),
         ({"weigh_by": torch.zeros(2)}, TypeError, "weigh_by must be .* got Tensor"),
         ({"weigh_by": [[parameter(0.0)]]}, ValueError, "weigh_by must hold .* got 1 others"),
     ],
@@ -287,6 +296,51 @@ def test_the_decays_of_the_moments_are_for_good():
     _, optimizer = optimizer_after()
     with pytest.raises(AttributeError, match="moment_decay"):
         optimizer.moment_decay = (0.5, 0.5)
+
+
+def test_a_gradient_that_no_step_was_taken_along_is_not_replaced_without_a_word():
+    p, optimizer = optimizer_after()
+    losses = lambda: [linear(p, gradient) for gradient in AGREEING]  # noqa: E731
+    optimizer.backward(losses())
+    with pytest.warns(UserWarning, match=r"backward\(\) replaces what \.grad holds") as caught:
+        optimizer.backward(losses())
+    assert caught[0].filename == __file__
+    optimizer.zero_grad()
+    linear(p, (1, 1)).backward()  # a penalty on its own
+    with pytest.warns(UserWarning, match="add penalties to the losses"):
+        optimizer.backward(losses())
+    with pytest.warns(UserWarning, match="gather micro-batches"), optimizer.accumulate():
+        optimizer.backward(losses())
+
+
+def test_a_gradient_that_was_stepped_along_cleared_or_gathered_is_replaced_silently():
+    p, optimizer = optimizer_after(AGREEING)  # warnings are errors here
+    losses = lambda: [linear(p, gradient) for gradient in AGREEING]  # noqa: E731
+    optimizer.backward(losses())
+    optimizer.step()
+    optimizer.backward(losses())
+    optimizer.zero_grad()
+    optimizer.backward(losses())
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.backward(losses())
+    p.grad = None
+    with optimizer.accumulate():
+        optimizer.backward(losses())
+        optimizer.backward(losses())
+    optimizer.backward(losses())
+    copy.deepcopy(optimizer).step()
+    assert optimizer.last.losses.shape == (2,)
+
+
+def test_another_optimizer_s_backward_before_one_s_own_is_told():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    first, second = (UnbiasedMultiGradient(part.parameters(), lr=0.1) for part in model)
+    losses = lambda: model(torch.ones(2)).unbind()  # noqa: E731
+    for optimizer in (first, second):
+        optimizer.zero_grad()
+    first.backward(losses())
+    with pytest.warns(UserWarning, match="replaces what"):
+        second.backward(losses())
 
 
 def test_losses_without_an_order_are_refused_and_change_nothing():
