@@ -51,7 +51,7 @@ def evaluate(
     rows: dict[int, tuple[str, Errors]] = {}
     images = how.images or len(dataset.x_test)
     if lost := session.lost_best(directory):
-        console.print(lost, markup=False, highlight=False, soft_wrap=True)
+        reporting.say(console, lost)
     for which in ("best", "last"):
         if which == "best" and not directory.best_file.exists():
             continue
@@ -66,12 +66,10 @@ def evaluate(
     constant = _accuracy_of_one_class(dataset)
     for name, errors in rows.values():
         if how.images is None and _near_chance(1 - errors.standard_error / 100, constant):
-            console.print(
+            reporting.say(
+                console,
                 f"warning: near chance: {name} has a standard error of {errors.standard_error:.2f}%"
                 f", one class for all {100 * (1 - constant):.2f}%; its training has collapsed",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
             )
     made_with = _made_with(dataset, seed)
     made = dataclasses.asdict(how)
@@ -119,13 +117,12 @@ def evaluate_outside(
     accuracy = 1 - misclassified(network, x, y) / len(y)
     constant = _accuracy_of_one_class(dataset)
     line = f"{name}: classifies {accuracy:.2%} of the {len(y)} test images rightly"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    reporting.say(console, line)
     if _near_chance(accuracy, constant):
-        console.print(
+        reporting.say(
+            console,
             f"warning: that is near chance (one class for all: {constant:.2%}); it takes images in "
             f"[0, 1] of shape {dataset.image_shape}, with its normalisation inside",
-            highlight=False,
-            soft_wrap=True,
         )
     with reporting.evaluating(console, name, how.images or len(y)) as on_batch:
         errors = examination.measure(network, dataset, how, SEED, on_batch)

@@ -52,4 +52,4 @@ def fork(
         f"continue with: robust-app train --run-dir {shlex.quote(str(child.path))} --resume",
     ]
     for line in lines:
-        reporting.console().print(line, highlight=False, markup=False, soft_wrap=True)
+        reporting.say(reporting.console(), line)

@@ -35,7 +35,7 @@ def plot(
     files = [name.with_name(f"{name.name}.{kind}") for kind in pictures.FORMATS]
     pictures.save(curves.figure(runs), files)
     for file in files:
-        reporting.console().print(f"written: {file}", markup=False, soft_wrap=True)
+        reporting.say(reporting.console(), f"written: {file}")
 
 
 def read(path: Path) -> Metrics:

@@ -50,11 +50,11 @@ class Lines(Silent):
         if metrics["verified_error"] is not None:
             line += f"  held out: standard {metrics['standard_error']:.2f}%"
             line += f" verified {metrics['verified_error']:.2f}%"
-        self.console.print(f"{line}  {metrics['seconds']:.1f}s", highlight=False, soft_wrap=True)
+        say(self.console, f"{line}  {metrics['seconds']:.1f}s")
 
     def note(self, text: str) -> None:
         """Print it."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
 
 class Live(Lines):
@@ -183,6 +183,11 @@ def console() -> Console:
     """Standard output: as wide as the terminal, or as a table needs where there is none."""
     output = Console()
     return output if output.is_terminal else Console(width=120)
+
+
+def say(console: Console, text: str) -> None:
+    """Print lines as they are: neither marked up nor coloured, and broken nowhere else."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def listing(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

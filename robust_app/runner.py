@@ -53,7 +53,7 @@ def train(
         directory.start(config)
     elif directory.config() != config:  # begun since this process looked, before it had the lock
         raise UserError(f"{directory.path}: holds another run")
-    console.print(f"run directory: {directory.path}", markup=False, soft_wrap=True)
+    reporting.say(console, f"run directory: {directory.path}")
     _note_start(directory, made_with, console, session.has_trained(directory, stop_after))
     try:
         with ExitStack() as stack:
@@ -87,11 +87,9 @@ def _note_start(
     directory.add_environment(made_with)
     changed = list(environment.differences(earlier[-1], made_with)) if earlier else []
     if changed:
-        console.print(
+        reporting.say(
+            console,
             f"resumed where it may end with other bits than unbroken ({'; '.join(changed)})",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
 
 

@@ -146,12 +146,12 @@ def _train_and_report(
     )
     if trainer.epochs_done < trainer.config.total_epochs:
         line = f"paused after epoch {trainer.epochs_done}; {_again(directory)}"
-        console.print(line, markup=False, soft_wrap=True)
+        reporting.say(console, line)
         return
     how = Examination.of(trainer.config)
     if session.evaluated(directory, how):
         line = f"done before; its errors are in {directory.results_file}"
-        console.print(line, markup=False, soft_wrap=True)
+        reporting.say(console, line)
         return
     evaluating.evaluate(directory, dataset, console, how, trainer.config.seed)
 
@@ -167,7 +167,7 @@ def _saying_how_to_continue(directory: RunDirectory) -> Iterator[None]:
         # Ctrl-C reaches all processes. SIGTERM may come because the leading one has died.
         if directory.config_file.exists() and (terminated or distributed.rank() == 0):
             line = f"{'terminated' if terminated else 'interrupted'}; {kept}"
-            reporting.console().print(line, markup=False, soft_wrap=True)
+            reporting.say(reporting.console(), line)
         raise
     except ProcessLost as error:
         if not directory.config_file.exists():

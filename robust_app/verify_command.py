@@ -99,4 +99,4 @@ def _conclude(console: Console, claims: Sequence[Claim], elsewhere: Sequence[str
     elif wrong:
         lines.append("the environment is the same: the run's files were changed, or the code")
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        reporting.say(console, line)

@@ -62,15 +62,13 @@ def export(
     with reporting.evaluating(console, "properties", len(chosen)) as on_image:
         parity, verdicts = write(loaded, dataset, chosen, how, config.seed, folder, on_image)
     found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
-    console.print(
+    reporting.say(
+        console,
         f"{network} network (epoch {epoch}): logits by ONNX Runtime and by torch differ by up to "
         f"{parity.difference:.2g}; rounding explains {parity.tolerance:.2g}\n"
         f"{len(chosen)} properties at ε = {how.epsilon:.4g}: {found} "
         f"by PGD and {', '.join(how.verifiers)}\n"
         f"written to {folder}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
 
 

@@ -54,7 +54,7 @@ def reproduce(
             reproduction.run()
         except KeyboardInterrupt:
             if world.leads:
-                console.print("interrupted; the same command continues")
+                reporting.say(console, "interrupted; the same command continues")
             raise typer.Exit(130) from None
 
 

@@ -117,7 +117,7 @@ class Reproduction:
 
     def _fail(self, run: Run, error: UserError) -> None:
         self.failures[run.name] = str(error)
-        self.console.print(f"{run.name} failed: {error}", markup=False, soft_wrap=True)
+        reporting.say(self.console, f"{run.name} failed: {error}")
 
     def _lock(self, directory: RunDirectory, held: ExitStack) -> None:
         """Hold a run's directory, or remember that another process does."""
@@ -125,7 +125,7 @@ class Reproduction:
             held.enter_context(directory.locked())
         except UserError as error:
             self.busy[directory.path.name] = str(error)
-            self.console.print(f"left out, {error}", markup=False, soft_wrap=True)
+            reporting.say(self.console, f"left out, {error}")
 
     def _train_locked(self, run: Run, directory: RunDirectory) -> None:
         trainer = Trainer(run.config, self._load(run.config.dataset), self.world)
@@ -183,8 +183,8 @@ class Reproduction:
         for sheet in sheets.sheets(self.asked, measured):
             self.console.print(report.as_rich(sheet))
         for line in [*self.table.notes, *remarks]:
-            self.console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
-        self.console.print(f"written: {self.out / self.table.name}.md", soft_wrap=True)
+            reporting.say(self.console, f"- {line}")
+        reporting.say(self.console, f"written: {self.out / self.table.name}.md")
 
     def _so_far(self, table: Table) -> tuple[Measured, list[str]]:
         """What is measured of a table, and why the rest is not."""
