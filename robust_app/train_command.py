@@ -4,11 +4,12 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from robust_app import (
     data,
@@ -108,52 +109,31 @@ def train(
         check_data(directory, dataset)
         data.check_trainable(dataset)
         trainer = Trainer(config, dataset, world, EXECUTIONS[execution])
-        if not world.leads:
+        console = reporting.console()
+        with directory.locked() if world.leads else nullcontext():
             runner.train(
                 trainer,
                 directory,
-                reporting.console(),
+                console,
                 data_root=data_root,
                 stop_after=until,
+                tensorboard=tensorboard,
                 on_divergence=on_divergence,
             )
-            return
-        with directory.locked():
-            _train_and_report(
-                trainer, directory, dataset, data_root, until, tensorboard, on_divergence
-            )
+            if world.leads:
+                _report(trainer, directory, console)
 
 
-def _train_and_report(
-    trainer: Trainer,
-    directory: RunDirectory,
-    dataset: Dataset,
-    data_root: Path | None,
-    until: int,
-    tensorboard: bool,
-    on_divergence: str,
-) -> None:
-    """Train and, at the end of the run, evaluate."""
-    console = reporting.console()
-    runner.train(
-        trainer,
-        directory,
-        console,
-        data_root=data_root,
-        stop_after=until,
-        tensorboard=tensorboard,
-        on_divergence=on_divergence,
-    )
+def _report(trainer: Trainer, directory: RunDirectory, console: Console) -> None:
+    """Evaluate a run that is at its end, or say why not."""
     if trainer.epochs_done < trainer.config.total_epochs:
-        line = f"paused after epoch {trainer.epochs_done}; {_again(directory)}"
-        reporting.say(console, line)
+        reporting.say(console, f"paused after epoch {trainer.epochs_done}; {_again(directory)}")
         return
     how = Examination.of(trainer.config)
     if session.evaluated(directory, how):
-        line = f"done before; its errors are in {directory.results_file}"
-        reporting.say(console, line)
+        reporting.say(console, f"done before; its errors are in {directory.results_file}")
         return
-    evaluating.evaluate(directory, dataset, console, how, trainer.config.seed)
+    evaluating.evaluate(directory, trainer.dataset, console, how, trainer.config.seed)
 
 
 @contextmanager
