@@ -9,13 +9,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from robust_app import data, distributed, evaluating, reporting, verifiers
+from robust_app import data, distributed, evaluating, reporting, session, verifiers
 from robust_app.errors import UserError
 from robust_app.examination import Examination
 from robust_app.exchange import outside
 from robust_app.options import DataRoot, Device, Download, Epsilon, VerifierNames
 from robust_app.run_directory import RunDirectory
-from robust_app.verify_run import check_data
 
 OF_OUTSIDE = "Of a network from elsewhere: "
 
@@ -115,7 +114,6 @@ def _evaluate_run(
 ) -> None:
     config = directory.config()
     how = dataclasses.replace(Examination.of(config), **changes)
-    dataset = data.load(config.dataset, data_root or directory.data_root(), download).to(device)
-    check_data(directory, dataset)
+    dataset = session.load_data(directory, config, data_root, download, device)
     with directory.locked() if output is None else nullcontext():
         evaluating.evaluate(directory, dataset, reporting.console(), how, config.seed, output)

@@ -5,13 +5,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from robust_app import checkpoint, divergence, documents
+from robust_app import checkpoint, data, divergence, documents
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.divergence import Diverged
-from robust_app.errors import SHOWN, UserError, one_line
+from robust_app.errors import SHOWN, UserError, one_line, shown
 from robust_app.examination import Examination, find_result
 from robust_app.metrics import epochs_taken_over
 from robust_app.networks import build_network
@@ -45,6 +46,35 @@ def check_config(saved: dict[str, Any], config: Config, path: Path) -> None:
     if found:
         reason = "made with another configuration than config.toml has"
         raise UserError(f"{path}: {reason} ({found[:SHOWN]})")
+
+
+def load_data(
+    directory: RunDirectory,
+    config: Config,
+    data_root: Path | None,
+    download: bool,
+    device: torch.device | str,
+) -> Dataset:
+    """The data of a run, seen to be its own where it noted their checksum.
+
+    Args:
+        directory: of the run, or of one that has yet to begin.
+        config: of the run.
+        data_root: where the data lie; None for where the run found them last.
+        download: see :func:`robust_app.data.load`.
+        device: to put them on.
+
+    Raises:
+        UserError: if they are missing, damaged or others.
+    """
+    dataset = data.load(config.dataset, data_root or directory.data_root(), download).to(device)
+    noted = [made["data"] for made in directory.environments() if "data" in made]
+    if noted and dataset.checksum != noted[-1]:
+        raise UserError(
+            f"{directory.path}: made on other data than these ({shown(noted[-1])[:16]}…, found "
+            f"{shown(dataset.checksum)[:16]}…); give the run's with --data-root"
+        )
+    return dataset
 
 
 def best_epoch(metrics: list[dict[str, Any]]) -> int | None:

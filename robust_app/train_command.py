@@ -25,8 +25,7 @@ from robust_app import (
 )
 from robust_app.capture import EXECUTIONS
 from robust_app.config import Config
-from robust_app.data import Dataset
-from robust_app.distributed import ProcessLost, World
+from robust_app.distributed import ProcessLost
 from robust_app.errors import UserError, one_line, unknown
 from robust_app.events import summary_writer
 from robust_app.examination import Examination
@@ -34,7 +33,6 @@ from robust_app.interruption import Terminated
 from robust_app.options import DataRoot, Device, Download
 from robust_app.run_directory import RunDirectory, next_free
 from robust_app.training import Trainer
-from robust_app.verify_run import check_data
 
 
 def train(
@@ -105,8 +103,8 @@ def train(
     if on_divergence not in divergence.CHOICES:  # what a run has noted is from a file
         raise unknown("--on-divergence", str(on_divergence), divergence.CHOICES)
     with _saying_how_to_continue(directory), distributed.join(device) as world:
-        dataset = _load(config, data_root, download, world)
-        check_data(directory, dataset)
+        with world.leader_first():
+            dataset = session.load_data(directory, config, data_root, download, world.device)
         data.check_trainable(dataset)
         trainer = Trainer(config, dataset, world, EXECUTIONS[execution])
         console = reporting.console()
@@ -159,11 +157,6 @@ def _again(directory: RunDirectory) -> str:
     program = "torchrun … -m robust_app" if "WORLD_SIZE" in os.environ else "robust-app"
     path = shlex.quote(str(directory.path))
     return f"continue with: {program} train --run-dir {path} --resume"
-
-
-def _load(config: Config, data_root: Path | None, download: bool, world: World) -> Dataset:
-    with world.leader_first():
-        return data.load(config.dataset, data_root, download).to(world.device)
 
 
 def _requested(

@@ -57,20 +57,6 @@ class Claim:
         return self.found is None or self.found == self.reported
 
 
-def check_data(directory: RunDirectory, dataset: Dataset) -> None:
-    """See that the data are those of the run, where it noted their checksum.
-
-    Raises:
-        UserError: if they are others.
-    """
-    noted = [made["data"] for made in directory.environments() if "data" in made]
-    if noted and dataset.checksum != noted[-1]:
-        raise UserError(
-            f"{directory.path}: made on other data than these ({shown(noted[-1])[:16]}…, found "
-            f"{shown(dataset.checksum)[:16]}…); give the run's with --data-root"
-        )
-
-
 def check_files(directory: RunDirectory, kept: Kept) -> None:
     """See that the files of a run are whole and belong to one another, its networks among them.
 

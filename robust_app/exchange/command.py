@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 
-from robust_app import data, examination, reporting, session, verifiers
+from robust_app import examination, reporting, session, verifiers
 from robust_app.data import Dataset
 from robust_app.errors import UserError, shown, unknown
 from robust_app.examination import Examination
 from robust_app.exchange.export import export as write
 from robust_app.options import DataRoot, Download, Epsilon, VerifierNames
 from robust_app.run_directory import RunDirectory
-from robust_app.verify_run import check_data
 
 NETWORKS = ("best", "last")
 
@@ -53,8 +52,7 @@ def export(
         how = dataclasses.replace(how, epsilon=epsilon)
     if verifier is not None:
         how = dataclasses.replace(how, verifiers=verifiers.parse(verifier))
-    dataset = data.load(config.dataset, data_root or directory.data_root(), download)
-    check_data(directory, dataset)
+    dataset = session.load_data(directory, config, data_root, download, "cpu")
     chosen = _chosen(dataset, images, indices, config.seed)
     loaded, epoch = session.load_network(directory, dataset, network)
     folder = out or run_dir / "export"
