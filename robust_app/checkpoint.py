@@ -14,6 +14,8 @@ from torch import nn
 from robust_app import archives
 from robust_app.errors import UserError, one_line
 
+FORMAT = "robust-app 1"
+
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Write tensors and plain values; a crash at any moment leaves the old file or the new one.
@@ -83,7 +85,7 @@ def load(path: Path) -> dict[str, Any]:
     except ValueError as error:
         reason = "not a checkpoint of robust-app, or damaged; put a copy back, or train anew"
         raise UserError(f"{path}: {reason}") from error
-    if not isinstance(content, dict) or content.get("format") != "robust-app 1":
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of robust-app")
     return content
 

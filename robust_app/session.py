@@ -21,12 +21,10 @@ from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 from robust_app.watching import Watcher
 
-FORMAT = {"format": "robust-app 1"}
-
 
 def content(config: Config, **values: Any) -> dict[str, Any]:
     """What a file of a run holds, with the configuration that it was made with."""
-    return FORMAT | {"config": config.to_toml()} | values
+    return {"format": checkpoint.FORMAT, "config": config.to_toml()} | values
 
 
 def check_config(saved: dict[str, Any], config: Config, path: Path) -> None:
