@@ -34,15 +34,19 @@ class RunDirectory:
         self.metrics_file = path / "metrics.jsonl"
         self.divergences_file = path / "divergences.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
-        self.best_file = path / "best.pt"
-        self.last_file = path / "last.pt"
+        self.best_file = self.network_file("best")
+        self.last_file = self.network_file("last")
         self.results_file = path / "results.json"
         self.curves_file = path / "curves.png"
         self.events_folder = path / "tensorboard"
 
+    def network_file(self, name: str) -> Path:
+        """A saved network, ``"best"``, ``"last"`` or ``"stage-S"``."""
+        return self.path / f"{name}.pt"
+
     def stage_file(self, stage: int) -> Path:
         """The network as it was when a stage of layer-wise training ended."""
-        return self.path / f"stage-{stage}.pt"
+        return self.network_file(f"stage-{stage}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

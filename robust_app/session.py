@@ -250,7 +250,7 @@ def load_network(
     Raises:
         UserError: if the file is missing, damaged, of another network or configuration.
     """
-    path, config = directory.path / f"{which}.pt", directory.config()
+    path, config = directory.network_file(which), directory.config()
     if not path.exists():
         raise UserError(f"{path}: missing; a run has it once it has trained such an epoch itself")
     saved = checkpoint.load(path)

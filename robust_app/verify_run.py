@@ -91,7 +91,7 @@ def check_files(directory: RunDirectory, kept: Kept) -> None:
         epoch, found = expected.get(name), kept[name][0] if name in kept else None
         if found != epoch:
             raise UserError(
-                f"{directory.path / name}.pt: expected {_network_of(epoch)}, found "
+                f"{directory.network_file(name)}: expected {_network_of(epoch)}, found "
                 f"{_network_of(found)}; if the run was broken off, train --resume makes it"
             )
 
@@ -106,8 +106,9 @@ def load_networks(directory: RunDirectory, dataset: Dataset) -> Kept:
     Raises:
         UserError: if a file is damaged or of another network, or there is none.
     """
-    names = [name for name in ("best", "last") if (directory.path / f"{name}.pt").exists()]
-    names += sorted(path.stem for path in directory.path.glob("stage-*.pt"))
+    names = [name for name in ("best", "last") if directory.network_file(name).exists()]
+    stages = directory.path.glob(directory.network_file("stage-*").name)
+    names += sorted(path.stem for path in stages)
     if not names:
         raise UserError(f"{directory.path}: nothing to verify, no network is saved")
     loaded = {name: session.load_network(directory, dataset, name) for name in names}
