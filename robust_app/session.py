@@ -205,9 +205,13 @@ def _mend(
 
 
 def has_trained(directory: RunDirectory, epochs: int) -> bool:
-    """Whether so many epochs are done, their networks written too: nothing is left to train."""
-    last = directory.last_file
-    done = checkpoint.load(last).get("epoch") if last.exists() else None
+    """Whether so many epochs are done, their networks written too: nothing is left to train.
+
+    The checkpoint is not looked at.
+    """
+    if len(directory.metrics()) < epochs or not directory.last_file.exists():
+        return False
+    done = checkpoint.load(directory.last_file).get("epoch")
     return isinstance(done, int) and done >= epochs
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from robust_app import checkpoint, data, environment, examination, reporting, runner, session
+from robust_app import data, environment, examination, reporting, runner, session
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
@@ -107,7 +107,8 @@ class Reproduction:
             if self._leader_says(run.name in self.busy):
                 return
             try:
-                trained = self.world.leads and is_trained(directory, run.config)
+                end = run.config.total_epochs
+                trained = self.world.leads and session.has_trained(directory, end)
                 if not self._leader_says(trained):
                     self._train_locked(run, directory)
             except UserError as error:
@@ -204,13 +205,6 @@ class Reproduction:
             schedule = self.settings.schedule
             remarks.append(f"the schedule {schedule} has no recipe for {', '.join(without)}")
         return measured, remarks
-
-
-def is_trained(directory: RunDirectory, config: Config) -> bool:
-    """Whether a run has come to its end; its checkpoint is not looked at."""
-    if len(directory.metrics()) < config.total_epochs or not directory.last_file.exists():
-        return False
-    return bool(checkpoint.load(directory.last_file).get("epoch") == config.total_epochs)
 
 
 def check_config(directory: RunDirectory, config: Config) -> None:
