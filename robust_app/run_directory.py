@@ -134,6 +134,10 @@ class RunDirectory:
         """What each start of the run was made with, oldest first."""
         return _read_list(self.environment_file, ("device", "data_root"))
 
+    def last_environment(self) -> dict[str, Any]:
+        """What the last start of the run was made with; empty before the first."""
+        return next(reversed(self.environments()), {})
+
     def data_root(self) -> Path | None:
         """Where the run found its data when it was last started, if it was told."""
         roots = [made["data_root"] for made in self.environments() if made["data_root"]]
@@ -143,8 +147,7 @@ class RunDirectory:
 
     def on_divergence(self) -> str | None:
         """What the run was to do on divergence when it was last started, if it was told."""
-        made = self.environments()
-        return made[-1].get("on_divergence") if made else None
+        return self.last_environment().get("on_divergence")
 
     def add_environment(self, environment: dict[str, Any]) -> None:
         """Append what this start of the run is made with to ``environment.json``."""

@@ -77,15 +77,14 @@ def _note_start(
 
     Of one that finds nothing to train, only what the next one is to know is new.
     """
-    earlier = directory.environments()
-    if is_done and earlier:
-        last = earlier[-1]
+    last = directory.last_environment()
+    if is_done and last:
         if any(last.get(name, made_with[name]) != made_with[name] for name in REMEMBERED):
             told = {name: made_with[name] for name in ("command", *REMEMBERED)}
             directory.add_environment(last | told)
         return
     directory.add_environment(made_with)
-    changed = list(environment.differences(earlier[-1], made_with)) if earlier else []
+    changed = list(environment.differences(last, made_with))
     if changed:
         reporting.say(
             console,

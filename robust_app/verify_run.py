@@ -119,8 +119,7 @@ def of_held_out_images(
     directory: RunDirectory, dataset: Dataset, networks: Networks
 ) -> Iterator[Claim]:
     """The errors that ``metrics.jsonl`` has for the epochs whose networks are kept."""
-    config, environments = directory.config(), directory.environments()
-    made_with = environments[-1] if environments else {}
+    config, made_with = directory.config(), directory.last_environment()
     lines = {line["epoch"]: line for line in directory.metrics()}
     _, _, x, labels = data.split(dataset, config.held_out, config.seed)
     alone = World(0, 1, dataset.x_test.device)
@@ -140,13 +139,13 @@ def of_test_images(
     Raises:
         UserError: if an entry is damaged, or of other data.
     """
-    config, environments = directory.config(), directory.environments()
+    config, of_run = directory.config(), directory.last_environment()
     for number, entry in enumerate(directory.results(), 1):
         where = f"results.json, {number}"
         try:
             how, epoch = _examination(entry), _epoch(entry["network"])
             reported = {figure: _number(entry, figure) for figure in FIGURES}
-            made_with = _environment(entry) or (environments[-1] if environments else {})
+            made_with = _environment(entry) or of_run
         except (KeyError, TypeError, ValueError, UserError) as error:
             reason = f"{directory.results_file}: damaged (entry {number}: {error})"
             raise UserError(reason) from error
