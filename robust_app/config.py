@@ -209,7 +209,11 @@ class Config:
     @property
     def total_epochs(self) -> int:
         """Length of the run with its layer-wise stages."""
-        return self.epochs + self.stages * self.stage_epochs
+        return self.stage_end(self.stages)
+
+    def stage_end(self, stage: int) -> int:
+        """The epochs that are done when a stage ends; stage 0 trains the whole network."""
+        return self.epochs + stage * self.stage_epochs
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Config":

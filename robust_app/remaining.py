@@ -82,7 +82,7 @@ def _turns(config: Config, t: float) -> Iterator[float]:
     yield from (config.natural_epochs, warm_up, warm_up + config.certified_epochs)
     yield from (ramp_end, ramp_end + config.fosc_decay_epochs)
     yield from (config.first_batch_norm_frozen_from, *config.milestones)
-    in_progress = max(0, t - config.epochs) // config.stage_epochs
-    for stage in (in_progress, in_progress + 1):
-        start = config.epochs + stage * config.stage_epochs
+    before = int(max(0, t - config.epochs) // config.stage_epochs)
+    for stage in (before, before + 1):
+        start = config.stage_end(stage)
         yield from (start, *(start + milestone for milestone in config.stage_milestones))

@@ -84,7 +84,7 @@ def check_files(directory: RunDirectory, kept: Kept) -> None:
     if lost := session.lost_best(directory):
         raise UserError(lost)
     ended = (done - config.epochs) // config.stage_epochs + 1 if config.stages else 0
-    stages = {f"stage-{s}": config.epochs + s * config.stage_epochs for s in range(ended)}
+    stages = {f"stage-{stage}": config.stage_end(stage) for stage in range(ended)}
     expected = {"best": session.best_epoch(metrics[:done]), "last": done}
     expected |= {name: epoch for name, epoch in stages.items() if epoch >= taken_over}
     for name in {**expected, **kept}:

@@ -109,7 +109,7 @@ def epoch_of(network: str, config: Config, metrics: list[dict[str, Any]]) -> int
         return best_epoch(metrics)
     if network == "last":
         return config.total_epochs
-    return config.epochs + int(network.removeprefix("stage-")) * config.stage_epochs
+    return config.stage_end(int(network.removeprefix("stage-")))
 
 
 def _errors(result: Mapping[str, Any], directory: RunDirectory) -> dict[str, float]:
