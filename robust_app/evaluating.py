@@ -57,9 +57,9 @@ def evaluate(
             continue
         network, epoch = session.load_network(directory, dataset, which)
         if epoch in rows:  # the best is the last
-            rows[epoch] = (f"best, last (epoch {epoch})", rows[epoch][1])
+            rows[epoch] = (examination.network_name("best, last", epoch), rows[epoch][1])
             continue
-        name = f"{which} (epoch {epoch})"
+        name = examination.network_name(which, epoch)
         with reporting.evaluating(console, name, images) as on_batch:
             rows[epoch] = (name, examination.measure(network, dataset, how, seed, on_batch))
     _show(console, dataset, how, list(rows.values()))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,6 +65,25 @@ class Examination:
         )
 
 
+def network_name(which: str, epoch: int) -> str:
+    """What an evaluation calls a network of a run.
+
+    >>> network_name("best, last", 12)
+    'best, last (epoch 12)'
+    """
+    return f"{which} (epoch {epoch})"
+
+
+def epoch_of_name(name: object) -> int | None:
+    """The epoch of a network by the name that :func:`network_name` gave it; None of another.
+
+    >>> epoch_of_name("best, last (epoch 12)")
+    12
+    """
+    found = re.search(r"\(epoch (\d{1,19})\)$", str(name))  # int() refuses thousands
+    return None if found is None else int(found[1])
+
+
 def find_result(
     results: list[dict[str, Any]], how: Examination, epoch: int
 ) -> dict[str, Any] | None:
@@ -72,14 +92,14 @@ def find_result(
     Args:
         results: entries of ``results.json``.
         how: what must agree with the entry.
-        epoch: that must end the entry's name of the network, ``"best (epoch 3)"``.
+        epoch: of the network, by the entry's name of it.
     """
     # As JSON has it: lists, not tuples.
     wanted: dict[str, Any] = json.loads(json.dumps(asdict(how)))
     matching = (
         result
         for result in reversed(results)
-        if str(result.get("network")).endswith(f"(epoch {epoch})")
+        if epoch_of_name(result.get("network")) == epoch
         and all(result.get(key) == value for key, value in wanted.items())
     )
     return next(matching, None)

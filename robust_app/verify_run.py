@@ -1,6 +1,5 @@
 """Whether a run's networks have the errors that the run reported."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -183,15 +182,11 @@ def _environment(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _epoch(network: object) -> int:
-    """Of a network by the name that an evaluation gave it.
-
-    >>> _epoch("best, last (epoch 12)")
-    12
-    """
-    found = re.search(r"\(epoch (\d+)\)$", str(network))
-    if found is None:
+    """Of a network by the name that an evaluation gave it."""
+    epoch = examination.epoch_of_name(network)
+    if epoch is None:
         raise ValueError(f"expected a network with its epoch, found {shown(network)}")
-    return int(found[1])
+    return epoch
 
 
 def differences(claims: Sequence[Claim], here: Mapping[str, Any]) -> list[str]:

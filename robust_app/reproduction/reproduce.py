@@ -162,7 +162,7 @@ class Reproduction:
             return
         dataset = self._load(config.dataset)
         loaded, epoch = session.load_network(directory, dataset, network)
-        name = f"{network} (epoch {epoch})"
+        name = examination.network_name(network, epoch)
         shown = f"{task.run.name}, {name}, ε = {how.epsilon:.4g}"
         images = how.images or len(dataset.x_test)
         with reporting.evaluating(self.console, shown, images) as on_batch:

@@ -106,6 +106,8 @@ def test_another_evaluation_of_the_same_network_does_not_count(task, change):
     assert find_result([results[0] | change], task.examination, 2) is None
     assert find_result(results, task.examination, 1) is None
     assert find_result(results, task.examination, 12) is None
+    other = results[0] | {"network": f"best (epoch {5000 * '2'})"}  # more digits than int() takes
+    assert find_result([other], task.examination, 2) is None
 
 
 def test_of_two_evaluations_the_newest_counts(task):
