@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import nn
 
-from robust_app import environment, examination, reporting, session
+from robust_app import examination, reporting, session
 from robust_app.batches import as_float
 from robust_app.data import Dataset
 from robust_app.evaluation import Errors, misclassified
@@ -71,16 +70,14 @@ def evaluate(
                 f"warning: near chance: {name} has a standard error of {errors.standard_error:.2f}%"
                 f", one class for all {100 * (1 - constant):.2f}%; its training has collapsed",
             )
-    made_with = _made_with(dataset, seed)
-    made = dataclasses.asdict(how)
     entries = [
-        {"network": name, **made, **errors.as_dict(), **made_with} for name, errors in rows.values()
+        examination.entry(name, how, errors, dataset, seed) for name, errors in rows.values()
     ]
     if output is None:
         directory.add_results(entries)
     else:
-        of_run = {"network": str(directory.path), "dataset": dataset.name, **made}
-        results.write(output, of_run | {"networks": entries})
+        of_run = {"network": str(directory.path), "dataset": dataset.name}
+        results.write(output, of_run | dataclasses.asdict(how) | {"networks": entries})
 
 
 def evaluate_outside(
@@ -128,14 +125,8 @@ def evaluate_outside(
         errors = examination.measure(network, dataset, how, SEED, on_batch)
     _show(console, dataset, how, [(name, errors)])
     if output is not None:
-        content = {"network": name, "dataset": dataset.name, **dataclasses.asdict(how)}
-        results.write(output, content | errors.as_dict() | _made_with(dataset, SEED))
-
-
-def _made_with(dataset: Dataset, seed: int) -> dict[str, Any]:
-    """What an evaluation depends on."""
-    facts = environment.describe(dataset.x_test.device, 1, seed, None)
-    return {"environment": facts, "data": dataset.checksum}
+        content = {"network": name, "dataset": dataset.name}
+        results.write(output, content | examination.entry(name, how, errors, dataset, SEED))
 
 
 def _accuracy_of_one_class(dataset: Dataset) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_app import methods
+from robust_app import environment, methods
 from robust_app.config import ATTEMPTS, POSITIVE_INTEGER, Config
 from robust_app.data import Dataset
 from robust_app.errors import UserError, shown
@@ -82,6 +82,23 @@ def epoch_of_name(name: object) -> int | None:
     """
     found = re.search(r"\(epoch (\d{1,19})\)$", str(name))  # int() refuses thousands
     return None if found is None else int(found[1])
+
+
+def entry(
+    network: str, how: Examination, errors: Errors, dataset: Dataset, seed: int
+) -> dict[str, Any]:
+    """What is kept of an evaluation, for JSON: its figures, and all that they depend on.
+
+    Args:
+        network: its name, of a run's as :func:`network_name` gives it.
+        how: it was evaluated.
+        errors: that were found.
+        dataset: the images are of, on the device that the network was on.
+        seed: of :func:`measure`.
+    """
+    facts = environment.describe(dataset.x_test.device, 1, seed, None)
+    made_with = {"environment": facts, "data": dataset.checksum}
+    return {"network": network, **asdict(how), **errors.as_dict(), **made_with}
 
 
 def find_result(

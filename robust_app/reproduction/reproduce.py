@@ -167,7 +167,7 @@ class Reproduction:
         images = how.images or len(dataset.x_test)
         with reporting.evaluating(self.console, shown, images) as on_batch:
             errors = examination.measure(loaded, dataset, how, config.seed, on_batch)
-        directory.add_results([{"network": name, **dataclasses.asdict(how), **errors.as_dict()}])
+        directory.add_results([examination.entry(name, how, errors, dataset, config.seed)])
 
     def _write(self) -> None:
         """Write the whole table, as far as it is known."""

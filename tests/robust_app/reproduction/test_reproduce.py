@@ -100,10 +100,12 @@ def test_a_row_is_trained_evaluated_and_written(template):
     run = RunDirectory(template / "out" / RUN)
     assert len(run.metrics()) == 2
     assert {result["epsilon"] for result in run.results()} == {0.2}
+    assert all(result["environment"]["device"] == "cpu" for result in run.results())
     assert run.config().evaluation_epsilon == 0.4  # the run of 0.2, 0.3 and 0.4
     assert run.curves_file.exists()
     [made] = run.environments()
     assert made["device"] == "cpu"
+    assert {result["data"] for result in run.results()} == {made["data"]}
 
     content = json.loads((template / "out" / "table-3.json").read_text(encoding="utf-8"))
     measured = {(r["epsilon"], r["method"], r["model"]): r["measured"] for r in content["rows"]}
