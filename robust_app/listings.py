@@ -28,7 +28,7 @@ def of_models() -> list[Table]:
     rows = [
         (
             name,
-            str(architecture),
+            architecture.layers,
             architecture.description,
             f"{models.parameter_count(name, MNIST, classes=10):,}",
         )

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,94 +13,78 @@ from robust_app.layers import Normalize
 from robust_app.small_patches import Conv2d
 
 
-@dataclass(frozen=True)
-class Conv:
-    """A square convolution with padding 1, then ReLU: the paper's "Conv k w×h+s"."""
+class Conv(NamedTuple):
+    """A square convolution with padding 1, then ReLU."""
 
     channels: int
     kernel: int
     stride: int
 
-    def __str__(self) -> str:
-        return f"Conv {self.channels} {self.kernel}×{self.kernel}+{self.stride}"
 
-
-@dataclass(frozen=True)
-class Dense:
-    """A fully connected layer, then ReLU: the paper's "FC n"."""
-
-    units: int
-
-    def __str__(self) -> str:
-        return f"FC {self.units}"
-
-
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """The hidden layers of a network: convolutions, then dense layers.
 
-    As text it is in the paper's notation, without the last layer:
+    Attributes:
+        description: for the user.
+        layers: all but the last in the paper's notation, separated by commas: "Conv k w×h+s" is a
+            convolution to k channels with a square kernel (w = h), stride s and padding 1, "FC n"
+            a fully connected layer to n units; a ReLU follows each.
 
-    >>> print(MODELS["dm-small"])
-    Conv 16 4×4+2, Conv 32 4×4+1, FC 100
+    >>> MODELS["dm-small"].layers
+    'Conv 16 4×4+2, Conv 32 4×4+1, FC 100'
+    >>> MODELS["dm-small"].convolutions, MODELS["dm-small"].dense
+    ([Conv(channels=16, kernel=4, stride=2), Conv(channels=32, kernel=4, stride=1)], [100])
     """
 
     description: str
-    convolutions: tuple[Conv, ...]
-    dense: tuple[Dense, ...]
+    layers: str
 
-    def __str__(self) -> str:
-        return ", ".join(map(str, (*self.convolutions, *self.dense)))
+    @property
+    def convolutions(self) -> list[Conv]:
+        """In their order."""
+        found = re.findall(r"Conv (\d+) (\d)×\2\+(\d)", self.layers)
+        return [Conv(*map(int, numbers)) for numbers in found]
 
-
-def _architecture(description: str, hidden_layers: str) -> Architecture:
-    """Read an architecture in the paper's notation."""
-    convolutions = re.findall(r"Conv (\d+) (\d)×\2\+(\d)", hidden_layers)
-    dense = re.findall(r"FC (\d+)", hidden_layers)
-    return Architecture(
-        description,
-        tuple(
-            Conv(int(channels), int(kernel), int(stride))
-            for channels, kernel, stride in convolutions
-        ),
-        tuple(Dense(int(units)) for units in dense),
-    )
+    @property
+    def dense(self) -> list[int]:
+        """The units of each fully connected layer, in their order."""
+        return [int(units) for units in re.findall(r"FC (\d+)", self.layers)]
 
 
 # The paper leaves the padding open; 1 is what its sources [8, 31] use for Table E.
 MODELS: Mapping[str, Architecture] = {
-    "dm-small": _architecture(
+    "dm-small": Architecture(
         "the paper's DM-Small (Table E)", "Conv 16 4×4+2, Conv 32 4×4+1, FC 100"
     ),
-    "dm-medium": _architecture(
+    "dm-medium": Architecture(
         "the paper's DM-Medium (Table E)",
         "Conv 32 3×3+1, Conv 32 4×4+2, Conv 64 3×3+1, Conv 64 4×4+2, FC 512, FC 512",
     ),
-    "dm-large": _architecture(
+    "dm-large": Architecture(
         "the paper's DM-Large (Table E)",
         "Conv 64 3×3+1, Conv 64 3×3+1, Conv 128 3×3+2, Conv 128 3×3+1, Conv 128 3×3+1, FC 512",
     ),
-    "dm-small-strided": _architecture(
+    "dm-small-strided": Architecture(
         "what the paper's authors evaluated as DM-Small on MNIST",
         "Conv 16 4×4+2, Conv 32 4×4+2, FC 100",
     ),
-    "cnn7": _architecture(
+    "cnn7": Architecture(
         "CNN7 of Shi et al. 2021, DM-Large's shapes, for use with BatchNorm",
         "Conv 64 3×3+1, Conv 64 3×3+1, Conv 128 3×3+2, Conv 128 3×3+1, Conv 128 3×3+1, FC 512",
     ),
-    "cnn-small": _architecture(
+    "cnn-small": Architecture(
         "the paper's CNN-Small (Table A)", "Conv 16 3×3+2, Conv 32 3×3+1, FC 512"
     ),
-    "cnn-medium": _architecture(
+    "cnn-medium": Architecture(
         "the paper's CNN-Medium (Table A)",
         "Conv 32 3×3+2, Conv 64 3×3+1, Conv 128 3×3+1, Conv 256 3×3+1, FC 512, FC 512",
     ),
-    "cnn-large": _architecture(
+    "cnn-large": Architecture(
         "the paper's CNN-Large (Table A)",
         "Conv 64 3×3+2, Conv 64 3×3+1, Conv 128 3×3+1, Conv 256 3×3+1, Conv 256 3×3+1, FC 512",
     ),
     **{
-        f"table-f-{letter.lower()}": _architecture(f"the paper's {letter} (Table F)", hidden_layers)
+        f"table-f-{letter.lower()}": Architecture(f"the paper's {letter} (Table F)", hidden_layers)
         for letter, hidden_layers in {
             "A": "Conv 8 3×3+2, Conv 16 3×3+1, FC 100",
             "B": "Conv 16 3×3+2, Conv 32 3×3+1, FC 100",
@@ -114,7 +98,7 @@ MODELS: Mapping[str, Architecture] = {
             "J": "Conv 16 3×3+1, Conv 16 4×4+2, Conv 32 3×3+1, Conv 32 4×4+2, FC 512",
         }.items()
     },
-    "digits-cnn": _architecture(
+    "digits-cnn": Architecture(
         "a small network for the 8×8 digits, trained in seconds",
         "Conv 16 3×3+1, Conv 32 4×4+2, FC 64",
     ),
@@ -181,10 +165,10 @@ def build(
 
     layers.append(nn.Flatten())
     features = channels * height * width
-    for dense in architecture.dense:
-        layers.append(nn.Linear(features, dense.units, bias=not batch_norm))
-        layers += _activation(dense.units, batch_norm)
-        features = dense.units
+    for units in architecture.dense:
+        layers.append(nn.Linear(features, units, bias=not batch_norm))
+        layers += _activation(units, batch_norm)
+        features = units
     return nn.Sequential(*layers, nn.Linear(features, classes))
 
 

@@ -258,10 +258,21 @@ def test_a_single_class_is_refused():
 
 
 def test_architectures_read_as_in_the_paper():
-    assert str(MODELS["dm-medium"]) == (
+    assert MODELS["dm-medium"].layers == (
         "Conv 32 3×3+1, Conv 32 4×4+2, Conv 64 3×3+1, Conv 64 4×4+2, FC 512, FC 512"
     )
-    assert str(MODELS["table-f-i"]) == (
+    assert MODELS["table-f-i"].layers == (
         "Conv 8 3×3+1, Conv 8 4×4+2, Conv 16 3×3+1, Conv 16 4×4+2, FC 512"
     )
     assert all("\n" not in model.description for model in MODELS.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_of_an_architecture_is_left_unread(name):
+    model = MODELS[name]
+    read = [
+        f"Conv {conv.channels} {conv.kernel}×{conv.kernel}+{conv.stride}"
+        for conv in model.convolutions
+    ]
+    read += [f"FC {units}" for units in model.dense]
+    assert ", ".join(read) == model.layers
