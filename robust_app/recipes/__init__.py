@@ -38,8 +38,9 @@ class Family(NamedTuple):
 
     def choices(self, kind: str) -> list[str]:
         """What a name may say of one of the :data:`KINDS`."""
-        models: list[str] = self.table["models"]
-        return models if kind == "model" else list(self.table[kind])
+        if kind == "model":
+            return list(self.table["models"])
+        return list(dict.fromkeys(choice for key in self.table[kind] for choice in key.split()))
 
     def shown(self, choice: str) -> str:
         """A choice as a listing has it: a schedule with the methods that it is for, if not all."""
@@ -55,7 +56,7 @@ class Family(NamedTuple):
         """The recipe of a choice for each of the :data:`KINDS`."""
         values = _merged(self.table["base"], choice)
         for kind in ("schedule", "epsilon", "method"):
-            values |= _merged(self.table[kind][choice[kind]], choice)
+            values |= _merged({kind: self.table[kind]}, choice)
         return Config.from_mapping(values | {"model": choice["model"], "method": choice["method"]})
 
 
