@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robust_app.interval import check_images
+from robust_app.interval import ball_ends, check_images
 
 Network = Callable[[Tensor], Tensor]
 
@@ -60,7 +60,7 @@ def pgd(
         raise ValueError(
             f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}"
         )
-    lower, upper = _ball(x, epsilon, domain)
+    lower, upper = ball_ends(x, epsilon, domain)
     x_adv = torch.clamp(x + epsilon * start, lower, upper)
     for _ in range(steps):
         x_adv, _ = _ascend(network, x_adv, labels, step_size, lower, upper)
@@ -149,7 +149,7 @@ def falsified(
         attack = partial(falsified, network, epsilon=epsilon, steps=steps, restarts=restarts)
         parts = zip(torch.split(x, at_once), torch.split(labels, at_once), strict=True)
         return torch.cat([attack(*part, generator=generator) for part in parts])
-    lower, upper = _ball(x, epsilon)
+    lower, upper = ball_ends(x, epsilon)
     step_size = 2.5 * epsilon / steps
     broken = network(x).argmax(1) != labels
     starts = uniform_start(x.new_empty(()).expand(len(x), restarts, *x.shape[1:]), generator)
@@ -171,14 +171,6 @@ def falsified(
         if len(standing):
             broken[standing] = network(x_adv).argmax(1) != labels[standing]
     return broken
-
-
-def _ball(
-    x: Tensor, epsilon: float | Tensor, domain: tuple[float, float] = IMAGES
-) -> tuple[Tensor, Tensor]:
-    """Lower and upper corner of S(x, ε) within the domain."""
-    _check_not_negative("epsilon", epsilon)
-    return (x - epsilon).clamp(*domain), (x + epsilon).clamp(*domain)
 
 
 def _ascend(

@@ -23,7 +23,7 @@ from robust_app.crown import (
     rows_at_once,
     tighten,
 )
-from robust_app.interval import Interval
+from robust_app.interval import Interval, ball_ends
 from robust_app.precision import plain_float32
 from robust_app.programming import TOLERANCE, Program
 from robust_app.pullback import LinearBound, pull_back
@@ -235,7 +235,7 @@ def _misclassified_near(
     The solver's tolerances and the network's rounding may leave the candidate on the right side.
     """
     labels = torch.tensor([label], device=x.device)
-    candidate = torch.clamp(candidate, (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1))
+    candidate = torch.clamp(candidate, *ball_ends(x, epsilon))
     if _misclassified(network, candidate, label):
         return candidate.squeeze(0)
     # A start is in units of ε: where that is too small to see, it is the image itself.

@@ -58,9 +58,29 @@ class Interval:
         >>> Interval.around(torch.tensor([0.0, 0.5]), 0.5)
         Interval(center=tensor([0.2500, 0.5000]), radius=tensor([0.2500, 0.5000]))
         """
-        if not (isinstance(epsilon, Tensor) or epsilon >= 0):
-            raise ValueError(f"epsilon must be at least 0, got {epsilon}")
-        return cls.between((x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1))
+        return cls.between(*ball_ends(x, epsilon))
+
+
+def ball_ends(
+    x: Tensor, epsilon: float | Tensor, domain: tuple[float, float] = (0.0, 1.0)
+) -> tuple[Tensor, Tensor]:
+    """The lower and upper ends of the l_inf ball S(x, ε) within the domain, of the shape of x.
+
+    Args:
+        x: in the domain, of any shape.
+        epsilon: radius >= 0: a number, a 0-dim tensor, or one like ``x``. A tensor's value is not
+            looked at, so that it may live on a device without synchronising.
+        domain: least and largest value that an entry may have.
+
+    Raises:
+        ValueError: the number ``epsilon`` is below 0 or NaN.
+
+    >>> ball_ends(torch.tensor([0.0, 0.5]), 0.25)
+    (tensor([0.0000, 0.2500]), tensor([0.2500, 0.7500]))
+    """
+    if not (isinstance(epsilon, Tensor) or epsilon >= 0):
+        raise ValueError(f"epsilon must be at least 0, got {epsilon}")
+    return (x - epsilon).clamp(*domain), (x + epsilon).clamp(*domain)
 
 
 def check_images(x: Tensor) -> None:

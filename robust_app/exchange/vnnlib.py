@@ -3,6 +3,8 @@
 import numpy as np
 from torch import Tensor
 
+from robust_app.interval import ball_ends
+
 
 def robustness(image: Tensor, label: int, epsilon: float, classes: int) -> str:
     """The property that holds where the image has a counterexample: what verifiers refute.
@@ -30,7 +32,7 @@ def robustness(image: Tensor, label: int, epsilon: float, classes: int) -> str:
     ))
     """
     pixels = image.flatten().double()
-    lower, upper = (pixels - epsilon).clamp(0, 1), (pixels + epsilon).clamp(0, 1)
+    lower, upper = ball_ends(pixels, epsilon)
     lines = [f"(declare-const X_{i} Real)" for i in range(len(pixels))]
     lines += [f"(declare-const Y_{j} Real)" for j in range(classes)]
     for i, (least, most) in enumerate(zip(lower.tolist(), upper.tolist(), strict=True)):
