@@ -85,32 +85,31 @@ def crown_margins(trace: Trace, labels: Tensor) -> Tensor:
 
 
 def _crown_margins(trace: Trace, labels: Tensor) -> Tensor:
-    outputs, batch = _outputs(trace), len(trace[0][1].center)
-    if len(outputs) != 1 or labels.shape != (batch,):
+    logits, batch = _logits(trace), len(trace[0][1].center)
+    if logits.ndim != 2 or labels.shape != (batch,):
         raise ValueError(
             "expected logits of shape (batch, classes) and labels of shape (batch,),"
-            f" got {(batch, *outputs)} and {tuple(labels.shape)}"
+            f" got {(batch, *logits.shape[1:])} and {tuple(labels.shape)}"
         )
-    (classes,) = outputs
+    classes = logits.shape[1]
     # Without the margin of the label to itself: a tenth less to compute for ten classes.
     others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
     others = others + (others >= labels.unsqueeze(1))
-    bound = margin_bound(trace, labels.unsqueeze(1), others)
+    bound = margin_bound(logits, labels.unsqueeze(1), others)
     margins = lower_bounds(trace, bound)
     return margins.new_zeros(len(labels), classes).scatter(1, others, margins)
 
 
-def margin_bound(trace: Trace, labels: Tensor, others: Tensor) -> LinearBound:
+def margin_bound(like: Tensor, labels: Tensor, others: Tensor) -> LinearBound:
     """The margins z_y - z_j as linear functions of the logits.
 
     Args:
-        trace: of the network.
+        like: of which only type, device and last dimension count, ``(..., classes)``.
         labels: classes y, int64 ``(batch, spec)`` or broadcast to it.
         others: classes j, int64 ``(batch, spec)``.
     """
-    center = trace[0][1].center
-    one_hot = torch.eye(_outputs(trace)[-1], dtype=center.dtype, device=center.device)
-    return LinearBound(one_hot[labels] - one_hot[others], center.new_zeros(others.shape))
+    one_hot = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+    return LinearBound(one_hot[labels] - one_hot[others], like.new_zeros(others.shape))
 
 
 # --- Stages ----------------------------------------------------------------------------------
@@ -190,7 +189,7 @@ def _improved(problem: Problem, bounds: Callable[[Trace, LinearBound, Tensor], T
     for pairs in torch.split(open_pairs, rows_at_once(problem.trace)):
         images, others = pairs.unbind(1)
         labels = problem.labels[images]
-        bound = margin_bound(problem.trace, labels.unsqueeze(1), others.unsqueeze(1))
+        bound = margin_bound(margins, labels.unsqueeze(1), others.unsqueeze(1))
         bound = replace(bound, constant=-problem.errors[images, others].unsqueeze(1))
         found = bounds(problem.trace, bound, images).squeeze(1)
         margins[images, others] = torch.maximum(margins[images, others], found)
@@ -262,8 +261,9 @@ def alpha_crown(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -
     return _proved((relax, optimize, tighten, relax, optimize), network, x, labels, epsilon)
 
 
-def _outputs(trace: Trace) -> torch.Size:
-    """The shape of one output of the network."""
+def _logits(trace: Trace) -> Tensor:
+    """Of the centre of the first image's box before the last layer, ``(1, classes)``."""
     last, hidden = trace[-1]
     with torch.no_grad():
-        return torch.Size(last(hidden.center[:1].clone()).shape[1:])
+        logits: Tensor = last(hidden.center[:1].clone())
+    return logits

@@ -122,7 +122,7 @@ def decide(
     for other in problem.margins[0].argsort().tolist():  # the likeliest counterexample first
         if problem.margins[0, other] > 0:
             break
-        margin = margin_bound(problem.trace, labels.unsqueeze(1), torch.tensor([[other]]))
+        margin = margin_bound(problem.margins, labels.unsqueeze(1), torch.tensor([[other]]))
         terms, constant, slack = _in_variables(problem.trace, margin, variables)
         slack = slack + problem.errors[:, other]
         answer = program.minimum_below(
