@@ -106,10 +106,7 @@ _RULES = Rules(rounding_error, "rounding error")
 
 @_RULES.of(nn.Linear)
 def _linear(layer: nn.Linear, box: Interval) -> Tensor:
-    def products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    return _sums_of_products(layer, box, products, _sources(box).sum(-1, keepdim=True))
+    return _sums_of_products(layer, box, F.linear, _sources(box).sum(-1, keepdim=True))
 
 
 @_RULES.of(nn.Conv2d)
