@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robust_app.errors import SettingError
-
 
 def as_float(x: Tensor) -> Tensor:
     """Pixels in [0, 1]: uint8 divided by 255 as float32, floats as they are; any shape.
@@ -55,16 +53,9 @@ def shuffled_batches(
     No index comes twice; those of an incomplete last batch do not come at all. The order depends
     on the generator, which may be on another device, and not on ``device``.
 
-    Raises:
-        SettingError: ``batch_size`` is larger than ``count``.
-
     >>> sum(len(batch) for batch in shuffled_batches(10, 4, torch.Generator(), "cpu"))
     8
     """
-    if batch_size > count:
-        raise SettingError(
-            "batch_size", f"expected at most the {count} training examples, found {batch_size}"
-        )
     order = torch.randperm(count, generator=generator, device=generator.device).to(device)
     last = count - batch_size
     return (order[start : start + batch_size] for start in range(0, last + 1, batch_size))

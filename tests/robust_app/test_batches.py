@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from robust_app.batches import as_float, augment, shuffled_batches
 from robust_app.epochs import training_batches
-from robust_app.errors import UserError
 from tests.robust_app.runs import ALONE, full_strength
 
 
@@ -120,8 +119,3 @@ def test_batches_depend_on_the_generator_and_go_on_with_it():
 def test_batches_are_on_the_device_asked_for():
     batch = next(shuffled_batches(4, 2, generator(), "meta"))
     assert batch.device.type == "meta"
-
-
-def test_a_batch_larger_than_the_set_is_refused_at_once():
-    with pytest.raises(UserError, match=r"^batch_size: expected at most the 5 .*found 6$"):
-        shuffled_batches(5, 6, generator(), "cpu")
