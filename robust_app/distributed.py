@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from mogd.parallel import world_size
 from robust_app.errors import UserError
 from robust_app.precision import products_in
 
@@ -100,6 +102,38 @@ def _zero(network: nn.Module) -> Tensor:
     """A loss of all parameters that train."""
     sums = [parameter.sum() for parameter in network.parameters() if parameter.requires_grad]
     return 0 * torch.stack(sums).sum()
+
+
+class _OfAllProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, value: Tensor) -> Tensor:
+        value = value.contiguous()
+        values = [torch.empty_like(value) for _ in range(world_size())]
+        torch.distributed.all_gather(values, value)
+        return torch.stack(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total[torch.distributed.get_rank()]
+
+
+def of_all_processes(value: Tensor) -> Tensor:
+    """The values of all processes, ``(processes, *value.shape)``, the same bits in each.
+
+    Processes wait for each other in this: what a step has to say at one moment goes in one call.
+    Differentiable: the gradient of a value is the sum of what all processes' losses have for it,
+    so that what ``DistributedDataParallel`` averages is the gradient of their mean loss.
+
+    Args:
+        value: of one shape in all processes.
+    """
+    if world_size() == 1:
+        return value.unsqueeze(0)
+    values: Tensor = _OfAllProcesses.apply(value)
+    return values
 
 
 def rank() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from robust_app.batch_norm import of_all_processes
+from robust_app.distributed import of_all_processes
 from robust_app.interval import Interval
 from robust_app.layers import Normalize
 from robust_app.precision import at_least_float32, without_autocast

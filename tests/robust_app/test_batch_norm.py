@@ -18,9 +18,9 @@ from robust_app.batch_norm import (
     batch_norms,
     clean_statistics,
     estimate,
-    of_all_processes,
 )
 from robust_app.bounds import propagate
+from robust_app.distributed import of_all_processes
 from robust_app.interval import Interval
 from robust_app.layer_rules import UnsupportedLayer
 from robust_app.margins import layer_inputs, margin_bounds
