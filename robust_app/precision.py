@@ -16,7 +16,8 @@ from robust_app.layer_rules import flattened, is_plainly
 
 PRECISIONS = ("float32", "tf32", "bf16")
 
-Objective = Callable[[Callable[[nn.Module], Tensor]], Tensor]
+Evaluate = Callable[[Callable[[nn.Module], Tensor]], Tensor]
+"""Of a loss of the network, as a :class:`robust_app.losses.Objective` does."""
 
 
 def check(precision: str, device: torch.device) -> None:
@@ -62,7 +63,7 @@ def plain_float32() -> Iterator[None]:
         yield
 
 
-def of_losses(objective: Objective, precision: str, device: torch.device) -> Objective:
+def of_losses(objective: Evaluate, precision: str, device: torch.device) -> Evaluate:
     """With ``bf16`` the objective under autocast, its first layer not, else the objective itself.
 
     The first layer of a network that is certified in a large ball has a threshold, for which

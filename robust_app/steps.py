@@ -16,7 +16,7 @@ from robust_app.fosc import Stationarity
 from robust_app.interval import Interval
 from robust_app.losses import certified_loss
 from robust_app.methods import Attack, Method
-from robust_app.precision import at_least_float32
+from robust_app.precision import Evaluate, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Losses:
 
     def __init__(
         self,
-        objective: Callable[[Callable[[nn.Module], Tensor]], Tensor],
+        objective: Evaluate,
         network: nn.Module,
         method: Method,
         attack: Attack,

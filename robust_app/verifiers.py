@@ -11,7 +11,7 @@ from robust_app import certificates, crown, exact
 from robust_app.errors import UserError, unknown
 
 
-class Verdict(NamedTuple):
+class Verdicts(NamedTuple):
     """What a verifier found out about each image; an image in neither is undecided.
 
     Attributes:
@@ -33,7 +33,7 @@ class Verifier:
     """
 
     description: str
-    decide: Callable[[nn.Module, Tensor, Tensor, float, float], Verdict]
+    decide: Callable[[nn.Module, Tensor, Tensor, float, float], Verdicts]
 
 
 Prove = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
@@ -42,17 +42,17 @@ Prove = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 def _by_bounds(description: str, prove: Prove) -> Verifier:
     """Bounds prove or say nothing, and take the time they take."""
 
-    def decide(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float, _: float) -> Verdict:
+    def decide(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float, _: float) -> Verdicts:
         certified = prove(network, x, labels, epsilon)
-        return Verdict(certified, torch.zeros_like(certified))
+        return Verdicts(certified, torch.zeros_like(certified))
 
     return Verifier(description, decide)
 
 
 def _exactly(
     network: nn.Module, x: Tensor, labels: Tensor, epsilon: float, seconds: float
-) -> Verdict:
-    return Verdict(*exact.decided(network, x, labels, epsilon, time_limit=seconds))
+) -> Verdicts:
+    return Verdicts(*exact.decided(network, x, labels, epsilon, time_limit=seconds))
 
 
 VERIFIERS: Mapping[str, Verifier] = {

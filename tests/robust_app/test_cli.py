@@ -23,7 +23,7 @@ from robust_app.methods import METHODS
 from robust_app.models import MODELS
 from robust_app.run_directory import RunDirectory
 from robust_app.train_command import _requested
-from robust_app.verifiers import VERIFIERS, Verdict, Verifier
+from robust_app.verifiers import VERIFIERS, Verdicts, Verifier
 from tests.robust_app.refusals import assert_refused
 
 QUICK = ("--epochs", "2", "--set", "batch_size=400", "--set", "pgd_steps=2")
@@ -190,7 +190,7 @@ def test_one_verifier_needs_no_table_of_shares(robust_app, finished_run):
 
 def test_an_unsound_bound_is_no_fault_of_the_user(robust_app, finished_run, monkeypatch):
     def everything(network, x, labels, epsilon, seconds):
-        return Verdict(torch.ones(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=torch.bool))
+        return Verdicts(torch.ones(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=torch.bool))
 
     monkeypatch.setitem(VERIFIERS, "ibp", Verifier("unsound", everything))
     monkeypatch.setattr(sys, "argv", ["robust-app", "evaluate", str(finished_run)])

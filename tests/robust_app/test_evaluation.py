@@ -12,7 +12,7 @@ from robust_app.attacks import falsified, uniform_start
 from robust_app.evaluation import Contradiction, Errors, Share, evaluate, standard_and_certified
 from robust_app.run_directory import RunDirectory
 from robust_app.session import load_network
-from robust_app.verifiers import VERIFIERS, Verdict, Verifier
+from robust_app.verifiers import VERIFIERS, Verdicts, Verifier
 
 
 def two_pixel_network() -> nn.Module:
@@ -47,7 +47,7 @@ def always(certified: bool, wrong: bool):
 
     def decide(network, x, labels, epsilon, seconds):
         asked.append(len(x))
-        return Verdict(torch.full((len(x),), certified), torch.full((len(x),), wrong))
+        return Verdicts(torch.full((len(x),), certified), torch.full((len(x),), wrong))
 
     return decide, asked
 
@@ -203,7 +203,9 @@ def test_the_time_limit_reaches_the_verifiers(verifier):
 
     def decide(network, x, labels, epsilon, seconds):
         seen.append(seconds)
-        return Verdict(torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=torch.bool))
+        return Verdicts(
+            torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=torch.bool)
+        )
 
     verifier("patient", decide)
     arguments = (two_pixel_network(), IMAGES, LABELS, 0.04)
