@@ -54,6 +54,7 @@ POSITIVE_INTEGER = Rule(
 INTEGER = Rule("an integer of at least 0, of 64 bits", lambda v: _whole(v, 0, sys.maxsize), int)
 # More is a slip, of a user or of a file.
 ATTEMPTS = Rule("an integer from 1 to 1000000", lambda v: _whole(v, 1, 10**6), int)
+NUMBER = Rule("a number", lambda v: _within(v, -math.inf, math.inf), float)
 UNIT = Rule("a number in [0, 1]", lambda v: _within(v, 0, 1), float)
 FACTOR = Rule("a number in (0, 1]", lambda v: _within(v, _TINY, 1), float)
 POSITIVE = Rule("a number above 0, up to 3.4e38", lambda v: _within(v, _TINY, _HUGE), float)

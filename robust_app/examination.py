@@ -1,7 +1,6 @@
 """How networks are examined on test images, and what is known of them already."""
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from robust_app import environment, methods
-from robust_app.config import ATTEMPTS, POSITIVE_INTEGER, Config
+from robust_app.config import ATTEMPTS, POSITIVE, POSITIVE_INTEGER, UNIT, Config
 from robust_app.data import Dataset
 from robust_app.errors import UserError, shown
 from robust_app.evaluation import Errors, evaluate
+
+_RULES = {
+    "epsilon": UNIT,
+    "time_limit": POSITIVE,
+    "pgd_steps": ATTEMPTS,
+    "pgd_restarts": ATTEMPTS,
+    "images": POSITIVE_INTEGER,
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,7 @@ class Examination:
         images: how many test images, drawn at random by the run's seed; None for all.
 
     Raises:
-        UserError: ``epsilon`` is not in [0, 1], a count is out of its range, or the time limit
-            is not positive and finite.
+        UserError: a value is no number, or out of its range.
     """
 
     epsilon: float
@@ -41,18 +47,10 @@ class Examination:
     images: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_number(self.epsilon) or not 0 <= self.epsilon <= 1:
-            raise UserError(f"epsilon: expected a number in [0, 1], found {shown(self.epsilon)}")
-        if not _is_number(self.time_limit) or not 0 < self.time_limit < math.inf:
-            found = shown(self.time_limit)
-            raise UserError(f"time_limit: expected a positive, finite number, found {found}")
-        counts = {"pgd_steps": ATTEMPTS, "pgd_restarts": ATTEMPTS}
-        if self.images is not None:
-            counts["images"] = POSITIVE_INTEGER
-        for name, rule in counts.items():
-            count = getattr(self, name)
-            if not rule.admits(count):
-                raise UserError(f"{name}: expected {rule.expectation}, found {shown(count)}")
+        for name, rule in _RULES.items():
+            value = getattr(self, name)
+            if not (rule.admits(value) or (name == "images" and value is None)):
+                raise UserError(f"{name}: expected {rule.expectation}, found {shown(value)}")
 
     @classmethod
     def of(cls, config: Config) -> "Examination":
@@ -181,8 +179,3 @@ def examine(
         time_limit=how.time_limit,
         on_batch=on_batch,
     )
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is one, as what was read from a file may not be."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from robust_app import checkpoint, data, environment, examination, session, verifiers
-from robust_app.config import INTEGER
+from robust_app.config import INTEGER, NUMBER
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.epochs import held_out_errors
@@ -167,9 +167,9 @@ def _examination(entry: Mapping[str, Any]) -> Examination:
 
 
 def _number(entry: Mapping[str, Any], figure: str) -> float:
-    value = entry[figure]
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{figure}: expected a number, found {shown(value)}")
+    value: float = entry[figure]
+    if not NUMBER.admits(value):
+        raise TypeError(f"{figure}: expected {NUMBER.expectation}, found {shown(value)}")
     return value
 
 
