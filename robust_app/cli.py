@@ -134,8 +134,8 @@ def main() -> None:
     sys.exit(stop.status or status)
 
 
-def _refuse(reason: str, from_all: bool = False) -> int:
+def _refuse(fault: str, from_all: bool = False) -> int:
     """Say in one line, and from one process if not from all, what is wrong."""
-    if reason and (from_all or distributed.rank() == 0):  # a bare call has printed the help
-        print(f"robust-app: {reason}", file=sys.stderr)
+    if fault and (from_all or distributed.rank() == 0):  # a bare call has printed the help
+        print(f"robust-app: {fault}", file=sys.stderr)
     return 2

@@ -18,7 +18,7 @@ VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "CUBLAS_WO
 
 
 def describe(
-    device: torch.device, processes: int, seed: int, data_root: Path | None
+    device: torch.device, processes: int, seed: int | list[int] | str, data_root: Path | None
 ) -> dict[str, Any]:
     """What computes what, and with what: for JSON.
 
@@ -28,7 +28,7 @@ def describe(
     Args:
         device: what the run computes on.
         processes: how many share it.
-        seed: of the run.
+        seed: of the run, or what to say of several.
         data_root: folder of the data set, None if it needs none.
     """
     return {

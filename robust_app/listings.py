@@ -11,7 +11,7 @@ MNIST = (1, 28, 28)
 def of_recipes() -> list[Table]:
     """The recipes by the parts of their names."""
     families = recipes.families()
-    pattern = "".join(rf"\[-{kind.upper()}]" for kind in recipes.KINDS)
+    pattern = "".join(f"[-{kind.upper()}]" for kind in recipes.KINDS)
     rows = [(f"{family.name}{pattern}", family.description) for family in families]
     tables = [listing(("recipe", "what it trains"), rows)]
     for family in families:

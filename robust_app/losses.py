@@ -1,4 +1,4 @@
-"""The losses of one batch (paper, section 3): what any of them is evaluated through."""
+"""The certified loss of a batch (paper, section 3), and what any loss is evaluated through."""
 
 from collections.abc import Callable
 

@@ -172,9 +172,7 @@ def build(
     return nn.Sequential(*layers, nn.Linear(features, classes))
 
 
-def parameter_count(
-    name: str, input_shape: tuple[int, int, int], classes: int, *, batch_norm: bool = False
-) -> int:
+def parameter_count(name: str, input_shape: tuple[int, int, int], classes: int) -> int:
     """The number of weights and biases that :func:`build` would make; none is made.
 
     Raises:
@@ -184,7 +182,7 @@ def parameter_count(
     550406
     """
     with torch.device("meta"):
-        network = build(name, input_shape, classes, batch_norm=batch_norm)
+        network = build(name, input_shape, classes)
     return sum(parameter.numel() for parameter in network.parameters())
 
 

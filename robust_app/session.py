@@ -1,4 +1,4 @@
-"""A run in its directory: begun or resumed, saved after every epoch, evaluated at the end."""
+"""A run in its directory: begun or resumed, saved after every epoch, and read again."""
 
 import dataclasses
 import warnings

@@ -128,9 +128,6 @@ class Trainer:
             self.method.attack(self.config),
             self.stationarity,
         )
-        options: dict[str, Any] = self._adam_options()
-        if self.config.authors_weights:
-            options["weigh_by"] = [next(trained.parameters())]
         rule = self.method.rule or methods.constant_weights
         self.optimizer = UnbiasedMultiGradient(
             parameter_groups(trained, self.config.reference_fan_in if stage == 0 else 0.0),
@@ -140,17 +137,16 @@ class Trainer:
             rule=rule(self.config),
             priority=self.priority,
             nonfinite="skip",  # what was skipped is looked for here
-            **options,
+            weigh_by=[next(trained.parameters())] if self.config.authors_weights else None,
+            # The implementation that does not wait for the device.
+            fused=self._on_gpu,
+            capturable=self._on_gpu and self.execution.captures,
         )
         self.run_step = self.execution(self._step, self.world.device)
 
     @property
     def _on_gpu(self) -> bool:
         return self.world.device.type == "cuda"
-
-    def _adam_options(self) -> dict[str, Any]:
-        """The implementation that does not wait for the device."""
-        return {"fused": self._on_gpu, "capturable": self._on_gpu and self.execution.captures}
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes from epoch to epoch."""

@@ -80,7 +80,10 @@ def find(name: str) -> Table:
     if name not in _parsed():
         raise UserError(f"unknown table {name!r}; there are {', '.join(names())}")
     values = dict(_parsed()[name])
-    how = {"verifiers": tuple(values.pop("verifiers", ["ibp"])), "images": values.pop("images", 0)}
+    how = {
+        "verifiers": tuple(values.pop("verifiers", ["ibp"])),
+        "images": values.pop("images", None),
+    }
     base = {"dataset": values.pop("dataset", ""), **how}
     entries = [*values.pop("rows", []), *_combinations(values.pop("grids", []))]
     lists = {key: tuple(values.pop(key)) for key in ("notes", "networks", "quantities")}
@@ -162,7 +165,7 @@ def _row(entry: Mapping[str, Any]) -> Row:
     return Row(
         **{key: entry[key] for key in ("dataset", "epsilon", "method", "model")},
         verifiers=tuple(entry["verifiers"]),
-        images=entry["images"] or None,
+        images=entry["images"],
         figures={name: entry[name] for name in QUANTITIES if name in entry},
     )
 

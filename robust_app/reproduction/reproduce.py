@@ -172,9 +172,8 @@ class Reproduction:
     def _write(self) -> None:
         """Write the whole table, as far as it is known."""
         if self.world.leads:
-            seeds = self.settings.seeds
-            made_with = environment.describe(self.world.device, self.world.size, 0, self.data_root)
-            made_with["seed"] = list(seeds) if seeds else "of the recipes"
+            seeds, world = list(self.settings.seeds) or "of the recipes", self.world
+            made_with = environment.describe(world.device, world.size, seeds, self.data_root)
             measured, remarks = self._so_far(self.table)
             report.write(self.table, self.settings, measured, remarks, made_with, self.out)
 
