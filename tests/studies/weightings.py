@@ -50,6 +50,7 @@ def bias(
     optimizer = optimizer_class([theta], lr=0.1, rule=weighting)
     for _ in range(HISTORY):
         optimizer.backward(losses(theta, NOISE * torch.randn_like(MINIMA)))
+        optimizer.zero_grad()
     samples = []
     for _ in range(batches):
         now = copy.deepcopy(optimizer)
