@@ -242,26 +242,7 @@ class UnbiasedMultiGradient(Wrapper):
                 "closure must be a function that returns the losses, got "
                 f"{type(closure).__name__}: give losses to backward(), then call step()"
             )
-        record = None
-        if closure is not None:
-            before, self._pending = self._pending, None
-            with torch.enable_grad():
-                losses = closure()
-                if isinstance(losses, Record):
-                    self.zero_grad()
-                    raise TypeError(
-                        "closure must return the losses, or None after a backward(), "
-                        "got the Record of backward()"
-                    )
-                if losses is None:
-                    self._pending = self._pending or before
-                else:  # the closure may have gathered micro-batches, which zero_grad would drop
-                    if self._pending is not None and needs_closure(type(self.base).step):
-                        self.zero_grad()
-                        raise TypeError(MICRO_BATCHES.format(base=type(self.base).__name__))
-                    self._keep = True
-                    super().zero_grad()
-                    record = self.backward(losses)
+        record = None if closure is None else self._backward_of(closure)
         if self._pending is not None:
             raise RuntimeError(
                 "gradients were accumulated but not combined: "
@@ -284,6 +265,28 @@ class UnbiasedMultiGradient(Wrapper):
         self._base_step(keep, objective)
         self._untaken = False
         return record
+
+    @torch.enable_grad()
+    def _backward_of(self, closure: Callable[[], Iterable[Tensor] | None]) -> Record | None:
+        """Evaluate a step's closure and differentiate the losses, if it returns them."""
+        before, self._pending = self._pending, None
+        losses = closure()
+        if losses is None:
+            self._pending = self._pending or before
+            return None
+        if isinstance(losses, Record):
+            self.zero_grad()
+            raise TypeError(
+                "closure must return the losses, or None after a backward(), "
+                "got the Record of backward()"
+            )
+        # The closure may have gathered micro-batches, which zero_grad of the optimizer would drop.
+        if self._pending is not None and needs_closure(type(self.base).step):
+            self.zero_grad()
+            raise TypeError(MICRO_BATCHES.format(base=type(self.base).__name__))
+        self._keep = True
+        super().zero_grad()
+        return self.backward(losses)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the parameters' ``.grad`` and drop what :meth:`accumulate` gathered."""
