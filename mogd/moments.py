@@ -185,26 +185,8 @@ class Moments:
             )
         saved: dict[Tensor, Tensor] = {}
         for position in order:
-            exp_avg = exp_avgs[position]
-            if not 0 <= position < len(parameters):
-                raise ValueError(
-                    f"state_dict['moments'] has parameter {position}, "
-                    f"but the optimizer has only {len(parameters)}"
-                )
-            parameter = parameters[position]
-            expected = stacked_shape(parameter, moments.losses)
-            flat = moments.losses, _entries(parameter)  # as mogd saved them once
-            if exp_avg.shape not in (expected, flat):
-                raise ValueError(
-                    f"state_dict['moments'] of parameter {position} has shape "
-                    f"{tuple(exp_avg.shape)}, expected {expected}"
-                )
-            if not is_divided_as(exp_avg, parameter):
-                raise ValueError(
-                    f"state_dict['moments'] of parameter {position} is not sharded over processes "
-                    "as the parameter is: let torch.distributed.checkpoint load it"
-                )
-            saved[parameter] = exp_avg
+            _check_fit(exp_avgs[position], position, parameters, moments.losses)
+            saved[parameters[position]] = exp_avgs[position]
         moments._include(saved)
         for parameter, exp_avg in moments._by_parameter().items():
             exp_avg.copy_(local(saved[parameter]).reshape(exp_avg.shape))
@@ -236,6 +218,28 @@ def norm(gradients: Gradients, device: torch.device) -> Tensor:
             double = doubles(block)
             part += (double @ double).to(device)
     return square.total().sqrt()
+
+
+def _check_fit(exp_avg: Tensor, position: int, parameters: Sequence[Tensor], losses: int) -> None:
+    """Check that moments which were saved are of the parameter at this position."""
+    if not 0 <= position < len(parameters):
+        raise ValueError(
+            f"state_dict['moments'] has parameter {position}, "
+            f"but the optimizer has only {len(parameters)}"
+        )
+    parameter = parameters[position]
+    expected = stacked_shape(parameter, losses)
+    flat = losses, _entries(parameter)  # as mogd saved them once
+    if exp_avg.shape not in (expected, flat):
+        raise ValueError(
+            f"state_dict['moments'] of parameter {position} has shape "
+            f"{tuple(exp_avg.shape)}, expected {expected}"
+        )
+    if not is_divided_as(exp_avg, parameter):
+        raise ValueError(
+            f"state_dict['moments'] of parameter {position} is not sharded over processes "
+            "as the parameter is: let torch.distributed.checkpoint load it"
+        )
 
 
 def _average(
