@@ -1,6 +1,5 @@
 """The gradient of each loss on its own, taken off the parameters' ``.grad``."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 
@@ -29,10 +28,6 @@ AVERAGED_TWICE = """\
 losses[{index}] has parameters that DistributedDataParallel has averaged for a loss before it: \
 each loss needs a forward pass of its own through the wrapped module, then its own backward pass, \
 before the next loss, so give backward() a generator that yields the losses one by one"""
-
-LOST_GRADIENT = """\
-backward() replaces what .grad holds, along which no step was taken: gather micro-batches inside \
-accumulate(), add penalties to the losses, and call step() or zero_grad() between two backward()"""
 
 
 @dataclass
@@ -84,7 +79,7 @@ class LossGradients:
                     reason = SHARED_GRAPH if index and isinstance(losses, Iterator) else FREED_GRAPH
                 elif "donated buffers" in str(error):
                     reason = COMPILED_GRAPH
-                elif "ready only once" in str(error):
+                elif index and "ready only once" in str(error):
                     reason = AVERAGED_TWICE
                 else:
                     raise
@@ -133,12 +128,6 @@ def each(losses: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         index += 1  # noqa: SIM113 (enumerate would keep the loss before alive)
         yield loss.reshape(()), index < len(shared)
         del loss
-
-
-def warn_of_lost(parameters: Iterable[Tensor]) -> None:
-    """Warn if there is a gradient, which the backward pass to come replaces."""
-    if any(parameter.grad is not None for parameter in parameters):
-        warnings.warn(LOST_GRADIENT, stacklevel=5)  # the caller of backward, past its decorator
 
 
 def known_number(losses: Iterable[Tensor]) -> int | None:

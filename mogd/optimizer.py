@@ -14,13 +14,14 @@ from mogd import parallel
 from mogd.arguments import as_priority, as_rule, decays, make_base
 from mogd.bisector_projection import BisectorProjection
 from mogd.closure import MICRO_BATCHES, check_gradient, needs_closure, reevaluation
-from mogd.gradients import LossGradients, combine, known_number, warn_of_lost
+from mogd.gradients import LossGradients, combine, known_number
 from mogd.moments import Moments, norm
 from mogd.nonfinite import Guard, largest_number, sound
 from mogd.priority import Fixed, Priority, ask
 from mogd.record import Record
 from mogd.rules import Rule, checked, slopes
 from mogd.shards import local
+from mogd.taken import Taken
 from mogd.weigh_by import check_reached, restricted, some_of
 from mogd.wrapper import Wrapper
 
@@ -97,7 +98,7 @@ class UnbiasedMultiGradient(Wrapper):
         self._accumulating = False
         self._pending: LossGradients | None = None  # micro-batches not yet combined
         self._keep: Tensor | bool = True  # may the base step; a tensor to keep it on the device
-        self._untaken = False  # a .grad that there is is one along which no step was taken
+        self._taken = Taken()
         self._weigh_by = some_of(self._parameters(), weigh_by)
 
     @property
@@ -144,9 +145,9 @@ class UnbiasedMultiGradient(Wrapper):
     ) -> Record | None:
         """Differentiate each loss and leave the weighted gradient in the parameters' ``.grad``.
 
-        What ``.grad`` held before is replaced, with a warning if no step was taken along it since
-        the last ``backward`` or ``zero_grad``. Leaves other than the parameters get their own
-        ``.grad`` as usual.
+        What ``.grad`` held before is replaced, with a warning if it is neither what the last
+        ``step`` was taken along nor zeros of ``zero_grad`` (without a scaler, which may leave out
+        steps). Leaves other than the parameters get their own ``.grad`` as usual.
 
         Args:
             losses: K scalar tensors. An iterator is consumed one loss at a time, each graph freed
@@ -174,8 +175,8 @@ class UnbiasedMultiGradient(Wrapper):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         if scaler is not None and not scaler.is_enabled():
             scaler = None
-        if self._untaken and self._pending is None and scaler is None:
-            warn_of_lost(self._parameters())
+        if scaler is None:  # which may have left out a step
+            self._taken.warn_of_others(self._parameters())
         collected, self._pending = self._pending or LossGradients(), None
         shared = self.distributed and not self._accumulating
         try:
@@ -263,7 +264,7 @@ class UnbiasedMultiGradient(Wrapper):
         if keep is False:  # unless a plain backward() has left gradients since
             keep = any(parameter.grad is not None for parameter in self._parameters())
         self._base_step(keep, objective)
-        self._untaken = False
+        self._taken.note(self._parameters())
         return record
 
     @torch.enable_grad()
@@ -291,8 +292,9 @@ class UnbiasedMultiGradient(Wrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the parameters' ``.grad`` and drop what :meth:`accumulate` gathered."""
         self = self._itself()
-        self._pending, self._keep, self._untaken = None, True, set_to_none
+        self._pending, self._keep = None, True
         super().zero_grad(set_to_none)
+        self._taken.note(self._parameters())
 
     def __repr__(self) -> str:
         names = ("rule", "priority", "moment_decay", "nonfinite")
@@ -324,14 +326,18 @@ class UnbiasedMultiGradient(Wrapper):
             "_guard": guard,
             "_pending": None,
             "_keep": True,
-            "_untaken": False,
         }
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "_moment_decay", "distributed", "last", "_rule", "_priority", "_moments")
-        others = ("_guard", "_pending", "_keep", "_untaken", "_weigh_by")
+        others = ("_guard", "_pending", "_keep", "_weigh_by")
         # A copy that is made inside accumulate() is not inside of it itself.
         return {name: vars(self)[name] for name in names + others} | {"_accumulating": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._taken = Taken()
+        self._taken.note(self._parameters())  # what was copied is the original's to lose
 
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         """Weigh by the past, take in the present, combine (Algorithm 1)."""
@@ -376,5 +382,4 @@ class UnbiasedMultiGradient(Wrapper):
                     local(gradient).masked_fill_(drop.to(gradient.device), 0.0)
                 parameter.grad = gradient
         self._keep = keep if scaler is None else True
-        self._untaken = True
         return self.last

@@ -15,7 +15,8 @@ def some_of(
     """What to weigh by, or a TypeError or ValueError."""
     if weigh_by is None:
         return None
-    if isinstance(weigh_by, Tensor | nn.Module) or not isinstance(weigh_by, Iterable):
+    layer = isinstance(weigh_by, nn.Module) and not isinstance(weigh_by, nn.ParameterList)
+    if layer or isinstance(weigh_by, Tensor) or not isinstance(weigh_by, Iterable):
         raise TypeError(
             "weigh_by must be an iterable of parameters (layer.parameters()), "
             f"got {type(weigh_by).__name__}"

@@ -93,8 +93,8 @@ class Wrapper(Optimizer):
         lacking = set().union(*(names - set(group) for names, group in groups))
         if lacking:
             raise ValueError(
-                f"state_dict is of another base: its param_groups lack {sorted(lacking)}, options "
-                f"of {type(self.base).__name__}"
+                f"state_dict is of another base, or an older one: its param_groups lack options "
+                f"of {type(self.base).__name__}, {sorted(lacking)} (add them if it is an older one)"
             )
 
     def _added_state(self) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def test_grad_is_replaced_not_added_to():
     p, optimizer = optimizer_after()
     for _ in range(2):
         p.grad = doubles(100, 100)
-        weights_next(optimizer, *AGREEING)
+        with pytest.warns(UserWarning, match="replaces what"):
+            weights_next(optimizer, *AGREEING)
         weights = optimizer.last.weights
         assert_close(p.grad, weights @ doubles(*AGREEING))
         optimizer.step()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from mogd import Threshold, UnbiasedMultiGradient, parallel
 
@@ -243,6 +244,29 @@ def heads_of_one_forward(rank: int, world: int) -> str:
     return "no error"
 
 
+class Twice(nn.Module):
+    """A layer used twice, each time under a checkpoint that differentiates it by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = (nn.Linear(3, 3, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        once = checkpoint(self.layer, self.other(x), use_reentrant=True)
+        return checkpoint(self.layer, once, use_reentrant=True)
+
+
+def used_twice(rank: int, world: int) -> str:
+    model = DistributedDataParallel(Twice(), find_unused_parameters=True)
+    optimizer = UnbiasedMultiGradient(model.parameters(), lr=0.05)
+    x = batch(0, rank, world)
+    try:
+        optimizer.backward(model(x).mean() for _ in range(2))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
 def unwrapped(rank: int, world: int) -> str:
     """A model for each process without saying so."""
     model = Network()
@@ -324,6 +348,7 @@ CHECKS: dict[str, Callable[[int, int], Any]] = {
     "independent": independent,
     "unwrapped": unwrapped,
     "heads of one forward": heads_of_one_forward,
+    "used twice": used_twice,
     "overflow": overflow,
     "average": average,
     "default device": default_device,
@@ -375,6 +400,12 @@ def test_a_loss_for_each_output_of_one_forward_pass_is_told_what_to_do(processes
         message = found["heads of one forward"]
         assert message.startswith("losses[1] has parameters that DistributedDataParallel has av")
         assert "give backward() a generator" in message
+
+
+def test_what_torch_says_of_the_first_loss_is_not_said_of_a_loss_before_it(processes):
+    for found in processes:
+        assert "ready only once" in found["used twice"]
+        assert "losses[0]" not in found["used twice"]
 
 
 def test_what_is_not_finite_in_one_process_counts_in_all(processes):

@@ -306,7 +306,7 @@ def foreign_states():
         "another base": (descent.state_dict(), "damaged, or not of Adam: "),
         "another base without state": (
             settled.state_dict(),
-            r"of another base: its param_groups lack \[.*'betas'.*\], options of Adam",
+            r"of another base, .*: its param_groups lack options of Adam, \[.*'betas'.*\] \(add",
         ),
         "other groups": (
             state | {"param_groups": state["param_groups"] * 2},
@@ -325,6 +325,12 @@ def foreign_states():
         "no number": (state | {"skipped": [1, 2]}, "state_dict is damaged, "),
         "no groups": (state | {"param_groups": 3}, "state_dict is damaged, "),
     }
+
+
+def test_an_option_that_the_groups_lacked_before_is_not_asked_of_a_state():
+    optimizer = UnbiasedMultiGradient(network().parameters(), lr=0.1)
+    optimizer.defaults["of a version to come"] = 1
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize(

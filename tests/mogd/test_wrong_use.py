@@ -1,7 +1,10 @@
 """What is refused, and that a refusal changes nothing."""
 
 import copy
+import inspect
 import math
+import pickle
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -173,6 +176,19 @@ def test_wrong_options_are_refused_by_name(options, error, message):
         UnbiasedMultiGradient([parameter(0.0)], **options)
 
 
+def test_what_holds_parameters_may_be_weighed_by():
+    held = torch.nn.ParameterList([parameter(0.0), parameter(1.0)])
+    optimizer = UnbiasedMultiGradient(held, weigh_by=held)
+    assert optimizer.weigh_by == set(held)
+
+
+def test_a_rule_that_does_not_tell_its_signature_is_taken():
+    with pytest.raises(ValueError, match="no signature"):
+        inspect.signature(torch.diagonal)
+    _, optimizer = optimizer_after(AGREEING, rule=torch.diagonal)
+    assert_close(weights_next(optimizer), optimizer.last.gramian.diagonal())
+
+
 @pytest.mark.parametrize("decay", [(0.0, 0.0), (0, 0), [0.5, 0.999999]])
 def test_any_decay_from_0_to_below_1_is_accepted(decay):
     _, optimizer = optimizer_after(AGREEING, moment_decay=decay)
@@ -298,38 +314,86 @@ def test_the_decays_of_the_moments_are_for_good():
         optimizer.moment_decay = (0.5, 0.5)
 
 
+def in_agreement(p):
+    return [linear(p, gradient) for gradient in AGREEING]
+
+
 def test_a_gradient_that_no_step_was_taken_along_is_not_replaced_without_a_word():
     p, optimizer = optimizer_after()
-    losses = lambda: [linear(p, gradient) for gradient in AGREEING]  # noqa: E731
-    optimizer.backward(losses())
+    optimizer.backward(in_agreement(p))
     with pytest.warns(UserWarning, match=r"backward\(\) replaces what \.grad holds") as caught:
-        optimizer.backward(losses())
+        optimizer.backward(in_agreement(p))
     assert caught[0].filename == __file__
-    optimizer.zero_grad()
-    linear(p, (1, 1)).backward()  # a penalty on its own
-    with pytest.warns(UserWarning, match="add penalties to the losses"):
-        optimizer.backward(losses())
     with pytest.warns(UserWarning, match="gather micro-batches"), optimizer.accumulate():
-        optimizer.backward(losses())
+        optimizer.backward(in_agreement(p))
 
 
-def test_a_gradient_that_was_stepped_along_cleared_or_gathered_is_replaced_silently():
-    p, optimizer = optimizer_after(AGREEING)  # warnings are errors here
-    losses = lambda: [linear(p, gradient) for gradient in AGREEING]  # noqa: E731
-    optimizer.backward(losses())
-    optimizer.step()
-    optimizer.backward(losses())
-    optimizer.zero_grad()
-    optimizer.backward(losses())
-    optimizer.zero_grad(set_to_none=False)
-    optimizer.backward(losses())
+def clear_by_hand(p, _):
     p.grad = None
+
+
+PENALTIES = {
+    "before the first": lambda p, optimizer: None,
+    "after zero_grad": lambda p, optimizer: optimizer.zero_grad(),
+    "after the module's zero_grad": clear_by_hand,
+    "between micro-batches": lambda p, optimizer: optimizer.backward(in_agreement(p)),
+}
+
+
+@pytest.mark.parametrize("when", PENALTIES)
+def test_a_penalty_s_own_backward_is_not_lost_without_a_word(when):
+    p, optimizer = optimizer_after()
+    if when != "before the first":
+        optimizer.backward(in_agreement(p))
+        optimizer.step()
     with optimizer.accumulate():
-        optimizer.backward(losses())
-        optimizer.backward(losses())
-    optimizer.backward(losses())
-    copy.deepcopy(optimizer).step()
-    assert optimizer.last.losses.shape == (2,)
+        PENALTIES[when](p, optimizer)
+    linear(p, (1, 1)).backward()
+    with pytest.warns(UserWarning, match="add penalties to the losses"):
+        optimizer.backward(in_agreement(p))
+
+
+SETTLED = {
+    "stepped along": lambda p, optimizer: optimizer.step(),
+    "cleared": lambda p, optimizer: optimizer.zero_grad(),
+    "set to zero": lambda p, optimizer: optimizer.zero_grad(set_to_none=False),
+    "stepped along, then set to zero": lambda p, optimizer: (optimizer.step(), p.grad.zero_()),
+    "cleared by hand": clear_by_hand,
+}
+
+
+@pytest.mark.parametrize("how", SETTLED)
+def test_a_gradient_that_nothing_is_lost_of_is_replaced_silently(how):
+    p, optimizer = optimizer_after(AGREEING)  # warnings are errors here
+    optimizer.backward(in_agreement(p))
+    SETTLED[how](p, optimizer)
+    optimizer.backward(in_agreement(p))
+    optimizer.step()
+    with optimizer.accumulate():
+        optimizer.backward(in_agreement(p))
+        optimizer.backward(in_agreement(p))
+    optimizer.backward(in_agreement(p))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_watches_over_its_own_gradients(copied):
+    _, optimizer = optimizer_after(AGREEING)
+    twin = copied(optimizer)
+    p = twin.param_groups[0]["params"][0]
+    twin.backward(in_agreement(p))
+    twin.step()
+    twin.backward(in_agreement(p))
+    with pytest.warns(UserWarning, match="replaces what"):
+        twin.backward(in_agreement(p))
+
+
+def test_a_gradient_that_was_stepped_along_is_not_kept_alive():
+    p, optimizer = optimizer_after()
+    optimizer.backward(in_agreement(p))
+    optimizer.step()
+    gradient = weakref.ref(p.grad)
+    p.grad = None
+    assert gradient() is None
 
 
 def test_another_optimizer_s_backward_before_one_s_own_is_told():
