@@ -100,16 +100,16 @@ def _crown_margins(trace: Trace, labels: Tensor) -> Tensor:
     return margins.new_zeros(len(labels), classes).scatter(1, others, margins)
 
 
-def margin_bound(like: Tensor, labels: Tensor, others: Tensor) -> LinearBound:
+def margin_bound(example: Tensor, labels: Tensor, others: Tensor) -> LinearBound:
     """The margins z_y - z_j as linear functions of the logits.
 
     Args:
-        like: of which only type, device and last dimension count, ``(..., classes)``.
+        example: logits or margins, of which type, device and classes count, ``(..., classes)``.
         labels: classes y, int64 ``(batch, spec)`` or broadcast to it.
         others: classes j, int64 ``(batch, spec)``.
     """
-    one_hot = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-    return LinearBound(one_hot[labels] - one_hot[others], like.new_zeros(others.shape))
+    one_hot = torch.eye(example.shape[-1], dtype=example.dtype, device=example.device)
+    return LinearBound(one_hot[labels] - one_hot[others], example.new_zeros(others.shape))
 
 
 # --- Stages ----------------------------------------------------------------------------------

@@ -82,9 +82,15 @@ class World:
         """The leading process passes alone, the others after it: one download, not many."""
         if self.size > 1 and not self.leads:
             torch.distributed.barrier()
-        yield
+        failed = None
+        try:
+            yield
+        except Exception as error:  # the others find it too, not that this one has gone
+            failed = error
         if self.size > 1 and self.leads:
             torch.distributed.barrier()
+        if failed is not None:
+            raise failed
 
 
 def _order_gradients(objective: DistributedDataParallel) -> None:

@@ -48,6 +48,10 @@ class RunDirectory:
         """The network as it was when a stage of layer-wise training ended."""
         return self.network_file(f"stage-{stage}")
 
+    def stage_files(self) -> list[Path]:
+        """The networks of all stages that have ended."""
+        return sorted(self.path.glob(self.network_file("stage-*").name))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process; the lock dies with it.

@@ -43,6 +43,7 @@ def train(
         UserError: the directory holds another run; see also :func:`robust_app.session.run`.
     """
     world, config = trainer.world, trainer.config
+    is_done = session.has_trained(directory, stop_after)  # by all: of damaged files each can tell
     if not world.leads:
         session.run(trainer, directory, reporting.Silent(), stop_after, on_divergence)
         return
@@ -54,7 +55,7 @@ def train(
     elif directory.config() != config:  # begun since this process looked, before it had the lock
         raise UserError(f"{directory.path}: holds another run")
     reporting.say(console, f"run directory: {directory.path}")
-    _note_start(directory, made_with, console, session.has_trained(directory, stop_after))
+    _note_start(directory, made_with, console, is_done)
     try:
         with ExitStack() as stack:
             watchers: list[Watcher] = [

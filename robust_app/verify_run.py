@@ -106,8 +106,7 @@ def load_networks(directory: RunDirectory, dataset: Dataset) -> Kept:
         UserError: if a file is damaged or of another network, or there is none.
     """
     names = [name for name in ("best", "last") if directory.network_file(name).exists()]
-    stages = directory.path.glob(directory.network_file("stage-*").name)
-    names += sorted(path.stem for path in stages)
+    names += [path.stem for path in directory.stage_files()]
     if not names:
         raise UserError(f"{directory.path}: nothing to verify, no network is saved")
     loaded = {name: session.load_network(directory, dataset, name) for name in names}

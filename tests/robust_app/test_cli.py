@@ -271,17 +271,41 @@ def test_a_run_with_stages_pauses_and_resumes_anywhere(robust_app, tmp_path):
     assert_same_network(tmp_path / "unbroken", tmp_path / "paused", stages)
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+
+
+def by_two_processes(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Status and output of a training by torchrun."""
+    command = [*TORCHRUN, "-m", "robust_app", "train", *arguments]
+    done = subprocess.run(command, cwd=folder, env=ONE_THREAD, text=True, capture_output=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("environment.json", ('"data": "', '"data": "0'), "made on other data than these"),
+        ("metrics.jsonl", ('"seconds": ', '"seconds": "x", "before": '), "line 1"),
+    ],
+)
+def test_what_all_processes_find_is_said_once_and_they_do_not_wait(tmp_path, file, damage, reason):
+    assert by_two_processes(tmp_path, "--epochs", "1", "--run-dir", "run")[0] == 0
+    damaged = tmp_path / "run" / file
+    damaged.write_text(damaged.read_text().replace(*damage))
+    status, out, err = by_two_processes(tmp_path, "--run-dir", "run", "--resume")
+    assert status != 0
+    (line,) = (line for line in err.splitlines() if line.startswith("robust-app: "))
+    assert reason in line
+    assert "continue with" not in out + err
+
+
 @pytest.mark.slow
 def test_a_run_of_two_processes_pauses_in_a_stage_and_resumes(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--standalone", "-m", "robust_app", "train"]
-
     def call(*arguments: str) -> str:
-        command = [*torchrun, *arguments]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=ONE_THREAD, check=True, text=True, capture_output=True
-        )
-        return done.stdout
+        status, out, _ = by_two_processes(tmp_path, *arguments)
+        assert status == 0
+        return out
 
     shi = ("--set", "batch_norm=true", "--set", "ibp_initialization=true")
     call(*STAGES, *shi, "--run-dir", "unbroken")

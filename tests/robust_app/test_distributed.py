@@ -20,6 +20,7 @@ from rich.console import Console
 from robust_app import data, divergence
 from robust_app.config import Config
 from robust_app.distributed import ProcessLost, World, join
+from robust_app.errors import UserError
 from robust_app.methods import METHODS
 from robust_app.reporting import Silent, watcher
 from robust_app.run_directory import RunDirectory
@@ -123,6 +124,8 @@ def _train_in_parallel(rank: int, size: int, folder: Path, kinds: list[str]) -> 
         assert not world.agree_on(rank)
         with world.leader_first():
             data.load("digits")
+        with pytest.raises(UserError, match="missing"), world.leader_first():
+            raise UserError("missing")  # none waits for one that has left
         found = {}
         for kind in kinds:
             made = trainer(kind, world)
