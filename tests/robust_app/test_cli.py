@@ -286,7 +286,7 @@ def by_two_processes(folder: Path, *arguments: str) -> tuple[int, str, str]:
     ("file", "damage", "reason"),
     [
         ("environment.json", ('"data": "', '"data": "0'), "made on other data than these"),
-        ("metrics.jsonl", ('"seconds": ', '"seconds": "x", "before": '), "line 1"),
+        ("metrics.jsonl", ('"seconds": ', '"seconds": "x", "before": '), "seconds is not a"),
     ],
 )
 def test_what_all_processes_find_is_said_once_and_they_do_not_wait(tmp_path, file, damage, reason):
