@@ -144,6 +144,14 @@ def _check(stored: Config, config: Config, done: int, weighed: bool) -> None:
         if was != now:
             fault = f"a fork keeps its parent's, {as_set(was)}: {why}; found {as_set(now)}"
             raise SettingError(name, fault)
+    more = "epochs" if done <= stored.epochs else "stages"
+    if config.total_epochs <= done or (more == "epochs" and config.epochs < done):
+        raise SettingError(
+            more,
+            f"expected enough for more than the {done} epochs that are done, found "
+            f"{getattr(config, more)} (a fork begins after a run's last epoch: give it more "
+            f"{more}, or fork a run that is paused before)",
+        )
     try:
         method_settings.check(config)
     except SettingError as error:
@@ -158,14 +166,6 @@ def _check(stored: Config, config: Config, done: int, weighed: bool) -> None:
             name,
             f"a fork keeps what verifies the held-out images, {was}: their errors so far "
             f"are by it; found {now}",
-        )
-    more = "epochs" if done <= stored.epochs else "stages"
-    if config.total_epochs <= done or (more == "epochs" and config.epochs < done):
-        raise SettingError(
-            more,
-            f"expected enough for more than the {done} epochs that are done, found "
-            f"{getattr(config, more)} (a fork begins after a run's last epoch: give it more "
-            f"{more}, or fork a run that is paused before)",
         )
     for name in remaining.SCHEDULED:
         if _changed_in_vain(name, stored, config, done):

@@ -1,7 +1,10 @@
 """Mixed-integer linear programs, built piece by piece and solved by HiGHS through SciPy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from importlib import import_module
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,15 +154,31 @@ class Program:
             constraints.append(
                 self._optimize.LinearConstraint(matrix, *(side.double().numpy() for side in sides))
             )
-        result = self._optimize.milp(
+        solve = partial(
+            self._optimize.milp,
             objective.numpy(),
             integrality=torch.cat(self._integer).numpy(),
             bounds=self._optimize.Bounds(lower.double().numpy(), upper.double().numpy()),
             constraints=constraints,
             options={"time_limit": seconds, "mip_rel_gap": _ANY_GAP},
         )
+        result = _left_by_ctrl_c(solve)
         solution = None if result.x is None else torch.from_numpy(result.x) * scales
         return Answer(infeasible=result.status == _INFEASIBLE, solution=solution)
+
+
+def _left_by_ctrl_c(solve: Callable[[], Any]) -> Any:
+    """What a solver outside of Python returns, which alone would hear no signal until its end."""
+    answer: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(solve())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return answer.result()
 
 
 def _power_of_two(values: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What the user sees: a live line in a terminal, plain lines elsewhere, tables."""
 
+import io
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from robust_app.errors import UserError
 from robust_app.evaluation import Errors
 from robust_app.schedules import Setting
 from robust_app.watching import Means
@@ -179,10 +182,17 @@ def shares_table(rows: Iterable[tuple[str, Errors]]) -> Table:
     return table
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """Have it told, where rich and typer would end the process without a word."""
+        sys.stdout = io.StringIO()  # Python would fail on the other at its end
+        raise UserError("standard output: closed by who read it")
+
+
 def console() -> Console:
     """Standard output: as wide as the terminal, or as a table needs where there is none."""
-    output = Console()
-    return output if output.is_terminal else Console(width=120)
+    output = _Output()
+    return output if output.is_terminal else _Output(width=120)
 
 
 def say(console: Console, text: str) -> None:

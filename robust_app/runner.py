@@ -55,6 +55,12 @@ def train(
     elif directory.config() != config:  # begun since this process looked, before it had the lock
         raise UserError(f"{directory.path}: holds another run")
     reporting.say(console, f"run directory: {directory.path}")
+    if config.epsilon != config.evaluation_epsilon:
+        reporting.say(
+            console,
+            f"trained at ε = {config.epsilon:.4g}, evaluated at {config.evaluation_epsilon:.4g} "
+            "(evaluation_epsilon)",
+        )
     _note_start(directory, made_with, console, is_done)
     try:
         with ExitStack() as stack:

@@ -96,7 +96,11 @@ def train(
         directory.check_free()
     config = _requested(stored, recipe, settings or [], epochs, seed)
     if stored is not None and config != stored:
-        raise UserError(f"--resume: the run has {overrides.differences(stored, config)}")
+        raise UserError(
+            f"--resume: the run has {overrides.differences(stored, config)}; leave out what makes "
+            "it another, or begin one where it is: "
+            f"robust-app fork {shlex.quote(str(directory.path))} --set KEY=VALUE"
+        )
     until = min(stop_after or config.total_epochs, config.total_epochs)
     data_root = data_root or directory.data_root()
     on_divergence = on_divergence or directory.on_divergence() or divergence.STOP

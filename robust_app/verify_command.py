@@ -27,7 +27,9 @@ NAMES = {
 
 
 def verify(
-    run_dir: Annotated[Path, typer.Argument(help="Of a run, complete or paused.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Of a run, complete or paused.")
+    ],
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",

@@ -19,7 +19,7 @@ NETWORKS = ("best", "last")
 
 
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
     network: Annotated[str, typer.Option(help="best or last.")] = "best",
     out: Annotated[
         Path | None, typer.Option(help="A folder to make; RUN_DIR/export by default.")

@@ -20,6 +20,7 @@ def robustness(image: Tensor, label: int, epsilon: float, classes: int) -> str:
         classes: number of logits, at least 2.
 
     >>> print(robustness(torch.tensor([[[0.5]]]), 0, 0.25, classes=3))
+    ; class 0, l_inf radius 0.25 in pixels of [0, 1]
     (declare-const X_0 Real)
     (declare-const Y_0 Real)
     (declare-const Y_1 Real)
@@ -33,7 +34,8 @@ def robustness(image: Tensor, label: int, epsilon: float, classes: int) -> str:
     """
     pixels = image.flatten().double()
     lower, upper = ball_ends(pixels, epsilon)
-    lines = [f"(declare-const X_{i} Real)" for i in range(len(pixels))]
+    lines = [f"; class {label}, l_inf radius {epsilon} in pixels of [0, 1]"]
+    lines += [f"(declare-const X_{i} Real)" for i in range(len(pixels))]
     lines += [f"(declare-const Y_{j} Real)" for j in range(classes)]
     for i, (least, most) in enumerate(zip(lower.tolist(), upper.tolist(), strict=True)):
         lines += [f"(assert (>= X_{i} {_decimal(least)}))", f"(assert (<= X_{i} {_decimal(most)}))"]

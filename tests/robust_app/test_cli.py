@@ -83,6 +83,30 @@ def test_the_execution_is_noted_and_the_precision_is_of_the_run(robust_app):
     assert_refused(outcome, "precision: bf16, not float32")
 
 
+@pytest.mark.parametrize("radius", [0.1, 0.05])
+def test_another_radius_of_the_evaluation_is_told(robust_app, radius):
+    options = ("--epochs", "1", "--set", "pgd_steps=1", "--set", f"epsilon={radius}")
+    _, out, _ = robust_app("train", *options)
+    assert ("trained at ε = 0.05, evaluated at 0.1 (evaluation_epsilon)" in out) == (radius < 0.1)
+
+
+def test_a_reader_that_has_left_ends_a_run_with_a_word(tmp_path):
+    command = [sys.executable, "-m", "robust_app", "train", "--epochs", "9", "--run-dir", "run"]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=ONE_THREAD | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline().startswith("run directory")
+        process.stdout.close()
+        err = process.stderr.read()
+        assert err == "robust-app: standard output: closed by who read it\n"
+        assert process.wait() == 2
+
+
 def test_train_prints_a_line_an_epoch_and_a_table(robust_app):
     status, out, _ = robust_app("train", *QUICK)
     assert status == 0
@@ -592,7 +616,8 @@ def test_torchrun_continues_the_run_that_it_starts_again(robust_app, finished_ru
     assert_refused(robust_app(*again), "not empty")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert robust_app(*again)[0] == 0
-    assert_refused(robust_app(*again, "--seed", "5"), "--resume: the run has", "seed")
+    way_out = f"or begin one where it is: robust-app fork {finished_run} --set KEY=VALUE"
+    assert_refused(robust_app(*again, "--seed", "5"), "--resume: the run has", "seed", way_out)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert_refused(robust_app("train", *QUICK), "--run-dir: needed with --max-restarts")
 

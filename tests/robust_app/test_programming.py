@@ -1,6 +1,10 @@
 import math
+import os
+import signal
+import threading
 
 import pytest
+import scipy.optimize
 import torch
 
 from robust_app.programming import Program, _power_of_two
@@ -52,6 +56,33 @@ def test_without_time_nothing_is_known():
 def test_a_search_that_is_given_up_proves_nothing():
     program, taken = knapsack()
     assert not program.minimum_below(taken, -torch.ones(3), -1.5, seconds=1e-9).infeasible
+
+
+def test_ctrl_c_leaves_a_solver_that_goes_on(monkeypatch):
+    heard, released = [], threading.Event()
+
+    def endless(*_, **__):
+        heard.append(threading.current_thread() is threading.main_thread())
+        os.kill(os.getpid(), signal.SIGINT)
+        released.wait()
+
+    program, taken = knapsack()
+    monkeypatch.setattr(scipy.optimize, "milp", endless)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            program.minimum_below(taken, torch.ones(3), 1.0, seconds=60.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        released.set()
+    assert heard == [False]  # only Python's main thread hears signals, and is not in the solver
+
+
+def test_what_goes_wrong_in_the_solver_is_told(monkeypatch):
+    program, taken = knapsack()
+    monkeypatch.setattr(scipy.optimize, "milp", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        program.minimum_below(taken, torch.ones(3), 1.0, seconds=60.0)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e9, 1e30])

@@ -10,6 +10,7 @@ from robust_app.exchange.vnnlib import robustness
 def test_a_property_by_hand():
     image = torch.tensor([[[0.0, 0.5], [0.875, 1.0]]])
     assert robustness(image, 1, 0.25, classes=3).splitlines() == [
+        "; class 1, l_inf radius 0.25 in pixels of [0, 1]",
         "(declare-const X_0 Real)",
         "(declare-const X_1 Real)",
         "(declare-const X_2 Real)",
