@@ -318,6 +318,8 @@ class UnbiasedMultiGradient(Wrapper):
                     "state_dict['moments'] has parameters that are not in weigh_by: "
                     "the state is of another weigh_by"
                 )
+        taken = Taken()
+        taken.note(self._parameters())  # what there is was of the state before
         guard = Guard(self._guard.policy)
         guard.skipped = torch.tensor(int(state_dict["skipped"]), device="cpu")
         return {
@@ -326,6 +328,7 @@ class UnbiasedMultiGradient(Wrapper):
             "_guard": guard,
             "_pending": None,
             "_keep": True,
+            "_taken": taken,
         }
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from robust_app.fork_command import fork
 from robust_app.freed_memory import keep_freed_memory
 from robust_app.interruption import stoppable
 from robust_app.plot import plot
+from robust_app.programming import is_solving
 from robust_app.reproduction.command import reproduce
 from robust_app.train_command import train
 from robust_app.verify_command import verify
@@ -131,7 +133,12 @@ def main() -> None:
             if not where:
                 sys.stdout = io.StringIO()  # if it is that, Python would fail on it at its end
             status = _refuse(f"{where}cannot read or write ({reason(error)})")
-    sys.exit(stop.status or status)
+    status = stop.status or status
+    if is_solving():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _refuse(fault: str, from_all: bool = False) -> int:

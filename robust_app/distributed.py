@@ -82,15 +82,16 @@ class World:
         """The leading process passes alone, the others after it: one download, not many."""
         if self.size > 1 and not self.leads:
             torch.distributed.barrier()
-        failed = None
         try:
             yield
-        except Exception as error:  # the others find it too, not that this one has gone
-            failed = error
+        except Exception:
+            self._let_others_pass()  # they find it too, not that this one has gone
+            raise
+        self._let_others_pass()
+
+    def _let_others_pass(self) -> None:
         if self.size > 1 and self.leads:
             torch.distributed.barrier()
-        if failed is not None:
-            raise failed
 
 
 def _order_gradients(objective: DistributedDataParallel) -> None:

@@ -68,8 +68,8 @@ def evaluate(
             reporting.say(
                 console,
                 f"warning: near chance: {name} has a standard error of {errors.standard_error:.2f}%"
-                f", one class for all {100 * (1 - constant):.2f}%; its training has collapsed, as "
-                "it does where the ramp of ε is too short: more epochs may help",
+                f", one class for all {100 * (1 - constant):.2f}%; its training has collapsed, "
+                "for instance because the ramp of ε is too short: then more epochs help",
             )
     entries = [
         examination.entry(name, how, errors, dataset, seed) for name, errors in rows.values()

@@ -1,10 +1,10 @@
 """Mixed-integer linear programs, built piece by piece and solved by HiGHS through SciPy."""
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from importlib import import_module
-from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ TOLERANCE = 1e-6
 """What the solver lets pass as 0 in a row whose largest coefficient is near 1."""
 
 _ANY_GAP = 1e30  # between the costs of a solution and of the best one
+
+_THREAD = "solver of mixed-integer programs"
 
 
 class Answer(NamedTuple):
@@ -167,6 +169,11 @@ class Program:
         return Answer(infeasible=result.status == _INFEASIBLE, solution=solution)
 
 
+def is_solving() -> bool:
+    """Whether a solver that was left goes on; Python's end would abort in its thread."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
+
+
 def _left_by_ctrl_c(solve: Callable[[], Any]) -> Any:
     """What a solver outside of Python returns, which alone would hear no signal until its end."""
     answer: Future[Any] = Future()
@@ -177,7 +184,7 @@ def _left_by_ctrl_c(solve: Callable[[], Any]) -> Any:
         except BaseException as error:
             answer.set_exception(error)
 
-    Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=_THREAD, daemon=True).start()
     return answer.result()
 
 

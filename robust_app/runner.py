@@ -55,10 +55,10 @@ def train(
     elif directory.config() != config:  # begun since this process looked, before it had the lock
         raise UserError(f"{directory.path}: holds another run")
     reporting.say(console, f"run directory: {directory.path}")
-    if config.epsilon != config.evaluation_epsilon:
+    if config.epsilon != config.evaluation_epsilon and not is_done:
         reporting.say(
             console,
-            f"trained at ε = {config.epsilon:.4g}, evaluated at {config.evaluation_epsilon:.4g} "
+            f"trained at ε = {config.epsilon:g}, evaluated at {config.evaluation_epsilon:g} "
             "(evaluation_epsilon)",
         )
     _note_start(directory, made_with, console, is_done)

@@ -108,7 +108,6 @@ def train(
         raise unknown("--on-divergence", str(on_divergence), divergence.CHOICES)
     with _saying_how_to_continue(directory), distributed.join(device) as world:
         with world.leader_first():
-            download = download and world.leads
             dataset = session.load_data(directory, config, data_root, download, world.device)
         data.check_trainable(dataset)
         trainer = Trainer(config, dataset, world, EXECUTIONS[execution])

@@ -359,6 +359,7 @@ SETTLED = {
     "set to zero": lambda p, optimizer: optimizer.zero_grad(set_to_none=False),
     "stepped along, then set to zero": lambda p, optimizer: (optimizer.step(), p.grad.zero_()),
     "cleared by hand": clear_by_hand,
+    "taken back": lambda p, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
 }
 
 

@@ -35,6 +35,32 @@ def test_a_scheduler_that_repeats_itself_is_heard_once(usual):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+LEFT = """
+import atexit, os, signal
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from robust_app import cli, programming
+
+weights = np.random.default_rng(0).integers(1, 100, (40, 150)).astype(float)
+
+def solve():
+    os.kill(os.getpid(), signal.SIGINT)
+    within = LinearConstraint(weights, -np.inf, weights.sum(1) / 3)
+    options = {"time_limit": 30.0}
+    milp(-weights[0], constraints=[within], integrality=1, bounds=Bounds(0, 1), options=options)
+
+atexit.register(print, "Python's own end, which may abort while the solver returns")
+cli.app = lambda **_: programming._left_by_ctrl_c(solve)
+cli.main()
+"""
+
+
+def test_a_process_whose_solver_goes_on_ends_without_it():
+    command = [sys.executable, "-c", LEFT]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_torchrun_may_terminate_what_ctrl_c_has_stopped_but_a_user_may_insist(usual):
     with stoppable() as stop:
         with pytest.raises(KeyboardInterrupt) as caught:
