@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import torch
@@ -134,9 +135,10 @@ def main() -> None:
                 sys.stdout = io.StringIO()  # if it is that, Python would fail on it at its end
             status = _refuse(f"{where}cannot read or write ({reason(error)})")
     status = stop.status or status
-    if is_solving():
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if is_solving() or distributed.size() > 1:  # there Python's end may abort in other threads
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -148,6 +148,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def size() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def restarted() -> bool:
     """Whether torchrun has started this process in the place of one that ended."""
     return _restarts() > 0
@@ -176,25 +181,26 @@ def join(device: str, patience: timedelta = PATIENCE) -> Iterator[World]:
         UserError: if there is no such device here.
         ProcessLost: if another process has ended or does not answer.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = size()
     chosen = _choose(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # also where streams and graphs are made
     with products_in("float32"):
-        if size == 1:
+        if processes == 1:
             yield World(0, 1, chosen)
             return
         try:
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             torch.distributed.init_process_group(
-                backend, store=_store(patience), rank=rank(), world_size=size, timeout=patience
+                backend, store=_store(patience), rank=rank(), world_size=processes, timeout=patience
             )
-            yield World(rank(), size, chosen)
+            yield World(rank(), processes, chosen)
         except RuntimeError as error:
             if not _of_another_process(error):
                 raise
             raise ProcessLost(
-                f"process {rank()} of {size} cannot go on: another one has ended or does not answer"
+                f"process {rank()} of {processes} cannot go on: another one has ended or does not "
+                "answer"
             ) from error
         finally:
             if torch.distributed.is_initialized():
