@@ -134,7 +134,7 @@ def main() -> None:
             if not where:
                 sys.stdout = io.StringIO()  # if it is that, Python would fail on it at its end
             status = _refuse(f"{where}cannot read or write ({reason(error)})")
-    status = stop.status or status
+    status = stop.status or status or 0
     if is_solving() or distributed.size() > 1:  # there Python's end may abort in other threads
         with suppress(OSError):
             sys.stdout.flush()
