@@ -61,6 +61,27 @@ def test_a_process_whose_solver_goes_on_ends_without_it():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+OF_SEVERAL = """
+import atexit
+from robust_app import cli
+
+atexit.register(print, "Python's own end, which may abort in a thread of gloo")
+cli.app = lambda **_: print("done")
+cli.main()
+"""
+
+
+def test_one_of_several_processes_ends_without_python_s_own_end():
+    done = subprocess.run(
+        [sys.executable, "-c", OF_SEVERAL],
+        env=os.environ | {"WORLD_SIZE": "2"},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
 def test_torchrun_may_terminate_what_ctrl_c_has_stopped_but_a_user_may_insist(usual):
     with stoppable() as stop:
         with pytest.raises(KeyboardInterrupt) as caught:
