@@ -26,6 +26,27 @@ def needs_closure(step: Callable[..., Any]) -> bool:
 
 
 def reevaluation(
+    base: Optimizer,
+    closure: Callable[[], Any] | None,
+    record: Record | None,
+    average: Callable[[Tensor], Tensor],
+) -> Callable[[], float] | None:
+    """What a base that needs a closure gets, None for others.
+
+    Raises:
+        TypeError: if it needs one, and there is none that returned losses.
+    """
+    if not needs_closure(type(base).step):
+        return None
+    if closure is None or record is None:
+        raise TypeError(
+            f"{type(base).__name__} evaluates the losses several times a step: "
+            "call step(closure) with a closure that returns them"
+        )
+    return _objective(base, closure, record, average)
+
+
+def _objective(
     optimizer: Optimizer,
     closure: Callable[[], Any],
     record: Record,

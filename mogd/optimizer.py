@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,18 +12,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from mogd import parallel
+from mogd.algorithm import Present, leave, take_in, weigh
 from mogd.arguments import as_priority, as_rule, decays, make_base
 from mogd.bisector_projection import BisectorProjection
 from mogd.closure import MICRO_BATCHES, check_gradient, needs_closure, reevaluation
-from mogd.gradients import LossGradients, combine, known_number
-from mogd.moments import Moments, norm
-from mogd.nonfinite import Guard, largest_number, sound
-from mogd.priority import Fixed, Priority, ask
+from mogd.gradients import LossGradients, known_number
+from mogd.moments import Moments
+from mogd.nonfinite import Guard
+from mogd.priority import Fixed, Priority
 from mogd.record import Record
-from mogd.rules import Rule, checked, slopes
-from mogd.shards import local
+from mogd.rules import Rule
 from mogd.taken import Taken
-from mogd.weigh_by import check_reached, restricted, some_of
+from mogd.weigh_by import check_reached, some_of
 from mogd.wrapper import Wrapper
 
 
@@ -251,15 +252,8 @@ class UnbiasedMultiGradient(Wrapper):
             )
         if closure is not None and record is None and self._keep is True:
             check_gradient(self._parameters())
-        objective = None
-        if needs_closure(type(self.base).step):
-            if closure is None or record is None:
-                raise TypeError(
-                    f"{type(self.base).__name__} evaluates the losses several times a step: "
-                    "call step(closure) with a closure that returns them"
-                )
-            average = parallel.average if self.distributed else torch.clone
-            objective = reevaluation(self.base, closure, record, average)
+        average = parallel.average if self.distributed else torch.clone
+        objective = reevaluation(self.base, closure, record, average)
         keep, self._keep = self._keep, True
         if keep is False:  # unless a plain backward() has left gradients since
             keep = any(parameter.grad is not None for parameter in self._parameters())
@@ -345,44 +339,26 @@ class UnbiasedMultiGradient(Wrapper):
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         """Weigh by the past, take in the present, combine (Algorithm 1)."""
         check_reached(collected.gradients, self._weigh_by)
-        device = self._device()
-        moments = self._moments or Moments(self.moment_decay, len(collected.losses), device)
-        losses = torch.stack([loss.to(device, torch.float64) for loss in collected.losses])
-        norms = torch.stack([norm(gradients, device) for gradients in collected.gradients])
-        unscale = None
-        if scaler is not None:
-            unscale = scaler.scale(torch.ones((), device=device)).reciprocal()
-            norms = norms * unscale
+        present = Present.of(collected, scaler, self._device())
         if self.distributed and parallel.world_size() > 1:
-            last_weights = torch.zeros_like(losses) if self.last is None else self.last.weights
-            look = self.nonfinite == "raise" or not losses.is_cuda
-            losses = parallel.agree(losses, norms, last_weights, look)
-
-        gramian, norm_moments = moments.gramian(), moments.norms()
-        largest = largest_number(reached for of in collected.gradients for reached in of)
-        each = sound(losses, norms, largest)
-        prioritized = ask(self.priority, losses, each)
-        # Copies, for a rule may work in place.
-        chosen = self.rule(gramian.clone(), norm_moments.clone(), prioritized.clone())
-        weighting = checked(chosen, len(losses), self.rule)
-        total = slopes(weighting, losses)
-        finite, keep = self._guard.admit(each, norms, total, largest, scaler is not None)
-        self.last = Record(losses, *weighting, gramian, norm_moments, prioritized, finite)
+            present = replace(present, losses=self._agreed_losses(present))
+        past = self._moments or Moments(self.moment_decay, len(present.losses), self._device())
+        self.last, keep = weigh(present, past, self.rule, self.priority, self._guard)
         mask = keep if isinstance(keep, Tensor) else None
         if keep is not False:
-            weighed, weighed_norms = collected.gradients, norms
-            if self._weigh_by is not None:
-                weighed, weighed_norms = restricted(weighed, self._weigh_by, device)
-                weighed_norms = weighed_norms if unscale is None else weighed_norms * unscale
-            moments.keep_only(self._parameters())
-            moments.update(weighed, weighed_norms, scale=unscale, keep=mask)
-            self._moments = moments
-        if keep is not False or scaler is not None:
-            # Not where there is a scaler, which looks for what overflowed:
-            drop = None if mask is None or scaler is not None else ~mask
-            for parameter, gradient in combine(collected.gradients, total).items():
-                if drop is not None:
-                    local(gradient).masked_fill_(drop.to(gradient.device), 0.0)
-                parameter.grad = gradient
+            past.keep_only(self._parameters())
+            take_in(present, past, self._weigh_by, mask)
+            self._moments = past
+        if scaler is not None:  # it looks for what overflowed
+            leave(present, self.last.factors, None)
+        elif keep is not False:
+            leave(present, self.last.factors, mask)
         self._keep = keep if scaler is None else True
         return self.last
+
+    def _agreed_losses(self, present: Present) -> Tensor:
+        """Averaged over processes that train one model, after checking that they do."""
+        losses = present.losses
+        last_weights = torch.zeros_like(losses) if self.last is None else self.last.weights
+        look = self.nonfinite == "raise" or not losses.is_cuda
+        return parallel.agree(losses, present.norms, last_weights, look)
