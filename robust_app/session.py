@@ -185,7 +185,7 @@ def _save_networks(
     if best_epoch(metrics) == trainer.epochs_done:
         checkpoint.save(model, directory.best_file)
     if trainer.config.stages and ends_stage(trainer.config, trainer.epochs_done):
-        checkpoint.save(model, directory.stage_file(trainer.stage))
+        checkpoint.save(model, directory.stage_file(trainer.stage.number))
     checkpoint.save(model, directory.last_file)
 
 

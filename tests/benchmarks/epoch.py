@@ -55,13 +55,13 @@ def timed(trainer: Trainer, epochs: int) -> dict[str, list[float]]:
     """Seconds of each epoch, and of all steps in it: from the first loss to the new parameters."""
     begun: list[float] = []
     ended: list[float] = []
-    make_losses = trainer.losses.of
+    make_losses = trainer.stage.losses.of
 
     def of(*arguments: Any) -> Any:
         begun.append(timer())
         return make_losses(*arguments)
 
-    trainer.losses.of = of  # type: ignore[method-assign]
+    trainer.stage.losses.of = of  # type: ignore[method-assign]
     trainer.optimizer.register_step_post_hook(lambda *_: ended.append(timer()))
     seconds: dict[str, list[float]] = {"epoch": [], "steps": []}
     terminal = Console(file=io.StringIO(), force_terminal=True)

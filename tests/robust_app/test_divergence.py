@@ -95,14 +95,14 @@ def test_epoch_batch_and_loss_are_named_and_the_parameters_stay(tmp_path, kind, 
 
 def test_a_loss_that_is_not_finite_is_noticed_by_a_gradient_that_would_be():
     trainer = Trainer(full_strength("natural"), few_digits(), ALONE)
-    trainer._single_backward("natural", trainer.network[0].weight.sum() + math.inf)
-    assert trainer.faults.found() == (1, [0])
+    trainer.stage._single_backward("natural", trainer.network[0].weight.sum() + math.inf)
+    assert trainer.stage.faults.found() == (1, [0])
 
 
 def test_a_large_gradient_is_finite():
     trainer = Trainer(full_strength("natural"), few_digits(), ALONE)
-    trainer._single_backward("natural", 1e30 * trainer.network[0].weight.sum())
-    assert trainer.faults.found() is None
+    trainer.stage._single_backward("natural", 1e30 * trainer.network[0].weight.sum())
+    assert trainer.stage.faults.found() is None
 
 
 @pytest.mark.parametrize("what", ["parameter", "output", "state"])

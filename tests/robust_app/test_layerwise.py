@@ -133,7 +133,7 @@ def test_a_stage_moves_the_layers_after_its_input_and_no_other(tmp_path):
     for stage, frozen in ((1, layers[0]), (2, layers[0] + layers[1])):
         for _ in range(2):
             trainer.train_epoch(Silent())
-        assert trainer.stage == stage
+        assert trainer.stage.number == stage
         after = {key: value.clone() for key, value in trainer.network.state_dict().items()}
         assert set(after) == {*layers[0], *layers[1], *rest}
         for key, value in after.items():

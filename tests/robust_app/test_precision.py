@@ -154,7 +154,7 @@ def test_bf16_is_on_in_the_losses_but_for_the_first_layer_and_off_in_what_measur
     trainer = Trainer(config, few_digits(), ALONE)
     seen: list[tuple[str, int, torch.dtype]] = []
     where = "measures"
-    forward, objective = nn.Conv2d.forward, trainer.losses.objective
+    forward, objective = nn.Conv2d.forward, trainer.stage.losses.objective
 
     def look(layer: nn.Conv2d, x: Tensor) -> Tensor:
         output = forward(layer, x)
@@ -170,7 +170,7 @@ def test_bf16_is_on_in_the_losses_but_for_the_first_layer_and_off_in_what_measur
             where = "measures"
 
     monkeypatch.setattr(nn.Conv2d, "forward", look)
-    monkeypatch.setattr(trainer.losses, "objective", trains)
+    monkeypatch.setattr(trainer.stage.losses, "objective", trains)
     trainer.train_epoch(Silent())
     first = {dtype for place, channels, dtype in seen if (place, channels) == ("trains", 1)}
     others = {dtype for place, channels, dtype in seen if place == "trains" and channels > 1}

@@ -188,7 +188,7 @@ def test_a_random_start_is_one_number_for_the_batch_or_one_for_each_pixel(one):
     config = full_strength("fgsm-random", attack_step=1e-6, one_start_per_batch=one)
     trainer = Trainer(config, few_digits(), ALONE)
     trainer.train_epoch(Silent())
-    seen = trainer.losses.stationarity
+    seen = trainer.stage.losses.stationarity
     inside = (seen.x > 0.03) & (seen.x < 0.97)
     starts = ((seen.x_adv.detach() - seen.x) / 0.03)[inside]
     assert (starts.std() < 1e-3) == one

@@ -34,7 +34,7 @@ def choices(layers: int) -> Mapping[str, set[int]]:
 
 def carry_out(trainer: Trainer, count: int) -> dict[str, Tensor]:
     """Losses and lengths, ``(count, 2)``, of each choice of layers, on the same batches."""
-    if trainer.stage > 0 or not batch_norms(trainer.network):
+    if trainer.stage.number > 0 or not batch_norms(trainer.network):
         raise UserError("RUN: expected a run that trains with BatchNorm, found one without")
     network, layers = trainer.network.train(), batch_norms(trainer.network)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in choices(len(layers))}

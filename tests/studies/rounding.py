@@ -44,7 +44,7 @@ def ways(network: nn.Module) -> Mapping[str, Callable[[Loss], Tensor]]:
 
 def carry_out(trainer: Trainer, count: int) -> dict[str, Tensor]:
     """Losses and lengths, ``(count, 2)``, of each way, on the same batches."""
-    if trainer.stage > 0 or trainer.epochs_done == 0:
+    if trainer.stage.number > 0 or trainer.epochs_done == 0:
         raise UserError("RUN: expected a run within its first stage, after an epoch at least")
     config, network = trainer.config, trainer.network.train()
     last = setting(config, trainer.epochs_done - 1)
