@@ -32,7 +32,7 @@ def export(
     ] = None,
     epsilon: Epsilon = None,
     verifier: VerifierNames = None,
-    timeout: Annotated[
+    time_limit: Annotated[
         float, typer.Option(help="Seconds for a property, of others and of exact.")
     ] = 60.0,
     data_root: DataRoot = None,
@@ -45,9 +45,9 @@ def export(
     config = directory.config()
     if network == "best" and config.held_out == 0:
         raise UserError("--network: expected last, for nothing was held out to choose the best by")
-    if not 0 < timeout < math.inf:
-        raise UserError(f"--timeout: expected a positive, finite number, found {timeout}")
-    how = dataclasses.replace(Examination.of(config), time_limit=timeout)
+    if not 0 < time_limit < math.inf:
+        raise UserError(f"--time-limit: expected a positive, finite number, found {time_limit}")
+    how = dataclasses.replace(Examination.of(config), time_limit=time_limit)
     if epsilon is not None:
         how = dataclasses.replace(how, epsilon=epsilon)
     if verifier is not None:

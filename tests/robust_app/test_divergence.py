@@ -216,7 +216,7 @@ def test_from_a_stage_it_goes_back_to_the_network_before_it(tmp_path):
     limit = {"limit": config.stage_learning_rate / 2}
     unbroken, _ = spoiled(config, tmp_path / "unbroken", 3, 1, stops=(4,), **limit)
     resumed, _ = spoiled(config, tmp_path / "resumed", 3, 1, stops=(2, 3, 4), **limit)
-    assert (unbroken.stage, unbroken.learning_rate_scale) == (1, 0.5)
+    assert (unbroken.stage.number, unbroken.learning_rate_scale) == (1, 0.5)
     assert torch.equal(parameters_of(unbroken), parameters_of(resumed))
 
 

@@ -132,7 +132,7 @@ def test_bf16_rounds_the_products_of_training_and_nothing_that_is_kept(method):
         kept += state["moments"]["exp_avg"].values()
     kept += [value for adam in state["state"].values() for value in adam.values()]
     assert {tensor.dtype for tensor in kept} == {torch.float32}
-    seen = runs[1].losses.stationarity
+    seen = runs[1].stage.losses.stationarity
     if seen.x_adv is not None:
         assert seen.x_adv.dtype is seen.x_adv.grad.dtype is torch.float32
 

@@ -25,8 +25,8 @@ def test_it_says_what_it_wrote(robust_app, digits_run, tmp_path):
 
 
 def test_images_are_those_that_evaluate_draws(robust_app, digits_run, tmp_path):
-    options = ("--epsilon", "0.01", "--verifier", "ibp,crown", "--images", "30", "--timeout", "5")
-    status, out, _ = robust_app("export", digits_run, *options, "--out", "out")
+    options = ("--epsilon", "0.01", "--verifier", "ibp,crown", "--images", "30", "--out", "out")
+    status, out, _ = robust_app("export", digits_run, *options, "--time-limit", "5")
     assert status == 0
     assert "by PGD and ibp, crown" in out
     verdicts = (tmp_path / "out" / "verdicts.csv").read_text()
@@ -63,8 +63,8 @@ def test_by_default_it_lies_in_the_run(robust_app, digits_run, tmp_path):
         (("--epsilon", "1.5"), ("epsilon", "[0, 1]", "1.5")),
         (("--epsilon", "8/0"), ("--epsilon", "8/255", "'8/0'")),
         (("--indices", "1" * 5000), ("--indices", "0 to 359", "…")),
-        (("--timeout", "0"), ("--timeout", "positive", "0.0")),
-        (("--timeout", "nan"), ("--timeout", "positive", "nan")),
+        (("--time-limit", "0"), ("--time-limit", "positive", "0.0")),
+        (("--time-limit", "nan"), ("--time-limit", "positive", "nan")),
         (("--network", "lost"), ("--network", "'lost'", "'last'")),
         (("--network", "last"), ("last.pt", "missing; a run has it once it has trained")),
         (("--verifier", "ibq"), ("ibq", "'ibp'")),

@@ -54,7 +54,8 @@ def test_exact_verdicts_are_confirmed(verifier, folder):
 @pytest.mark.skipif(not command("vibecheck"), reason="vibecheck is not installed")
 def test_certificates_of_a_convolutional_network_are_confirmed(robust_app, tmp_path):
     assert robust_app("train", "--epochs", "20", "--run-dir", "run")[0] == 0
-    assert robust_app("export", "run", "--images", "4", "--timeout", "120", "--out", "out")[0] == 0
+    options = ("--images", "4", "--time-limit", "120", "--out", "out")
+    assert robust_app("export", "run", *options)[0] == 0
     counts = counted("vibecheck", tmp_path / "out")
     assert counts[BOTH_CERTIFY] >= 1
     assert not CONTRADICTIONS & counts.keys()
