@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from robust_app import data, distributed, evaluating, reporting, session, verifiers
+from robust_app import data, distributed, evaluating, loading, reporting, verifiers
 from robust_app.errors import UserError
 from robust_app.examination import Examination
 from robust_app.exchange import outside
@@ -114,6 +114,6 @@ def _evaluate_run(
 ) -> None:
     config = directory.config()
     how = dataclasses.replace(Examination.of(config), **changes)
-    dataset = session.load_data(directory, config, data_root, download, device)
+    dataset = loading.load_data(directory, config, data_root, download, device)
     with directory.locked() if output is None else nullcontext():
         evaluating.evaluate(directory, dataset, reporting.console(), how, config.seed, output)

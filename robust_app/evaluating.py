@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
-from robust_app import examination, reporting, session
+from robust_app import examination, loading, reporting, session
 from robust_app.batches import as_float
 from robust_app.data import Dataset
 from robust_app.evaluation import Errors, misclassified
@@ -54,7 +54,7 @@ def evaluate(
     for which in ("best", "last"):
         if which == "best" and not directory.best_file.exists():
             continue
-        network, epoch = session.load_network(directory, dataset, which)
+        network, epoch = loading.load_network(directory, dataset, which)
         if epoch in rows:  # the best is the last
             rows[epoch] = (examination.network_name("best, last", epoch), rows[epoch][1])
             continue

@@ -7,11 +7,11 @@ from typing import Any
 
 from robust_app import (
     checkpoint,
+    loading,
     method_settings,
     methods,
     overrides,
     remaining,
-    session,
     training_state,
 )
 from robust_app.config import Config, as_set
@@ -76,7 +76,7 @@ def plan(parent: RunDirectory, settings: Sequence[str]) -> Fork:
     """
     stored, path = parent.config(), parent.checkpoint_file
     state = checkpoint.load(path)  # before the metrics, which are written first
-    session.check_config(state, stored, path)
+    loading.check_config(state, stored, path)
     try:
         done = training_state.epochs_done(state, stored.total_epochs)
         scale = training_state.learning_rate_scale(state)
@@ -98,7 +98,7 @@ def plan(parent: RunDirectory, settings: Sequence[str]) -> Fork:
     return Fork(
         config=config,
         parent=stored,
-        checkpoint=state | session.content(config),
+        checkpoint=state | loading.content(config),
         done=done,
         learning_rate_scale=scale,
         metrics=metrics,

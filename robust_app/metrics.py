@@ -1,4 +1,4 @@
-"""What is shown of an epoch's line of ``metrics.jsonl``, wherever it is shown over the epochs."""
+"""The lines of ``metrics.jsonl``, one an epoch: what is shown of them, and the best one."""
 
 from typing import Any, NamedTuple
 
@@ -57,3 +57,17 @@ def epochs_taken_over(metrics: Metrics) -> int:
     1
     """
     return sum(line.get("taken_over", False) for line in metrics)
+
+
+def best_epoch(metrics: Metrics) -> int | None:
+    """The epoch with the lowest verified, then standard, error on the held-out images.
+
+    Test images play no part. None where nothing is held out, and before a fork has trained: the
+    networks of the epochs that it took over are the other run's.
+    """
+    own = metrics[epochs_taken_over(metrics) :]
+    measured = [epoch for epoch in own if epoch["verified_error"] is not None]
+    if not measured:
+        return None
+    best = min(measured, key=lambda epoch: (epoch["verified_error"], epoch["standard_error"]))
+    return int(best["epoch"])

@@ -1,92 +1,18 @@
-"""A run in its directory: begun or resumed, saved after every epoch, and read again."""
+"""A run in its directory: begun or resumed, and saved after every epoch."""
 
-import dataclasses
 import warnings
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from robust_app import checkpoint, data, divergence, documents
+from robust_app import checkpoint, divergence
 from robust_app.config import Config
-from robust_app.data import Dataset
 from robust_app.divergence import Diverged
-from robust_app.errors import SHOWN, UserError, one_line, shown
+from robust_app.errors import UserError, one_line
 from robust_app.examination import Examination, find_result
-from robust_app.metrics import epochs_taken_over
-from robust_app.networks import build_network
-from robust_app.overrides import differences
+from robust_app.loading import check_config, content
+from robust_app.metrics import best_epoch
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 from robust_app.watching import Watcher
-
-
-def content(config: Config, **values: Any) -> dict[str, Any]:
-    """What a file of a run holds, with the configuration that it was made with."""
-    return {"format": checkpoint.FORMAT, "config": config.to_toml()} | values
-
-
-def check_config(saved: dict[str, Any], config: Config, path: Path) -> None:
-    """See that a file was made with the configuration that the run has now.
-
-    Where the data lie may have changed: that they are the same, their checksum tells.
-
-    Raises:
-        UserError: if it was made with another, or does not say with which.
-    """
-    try:
-        made_with = Config.from_mapping(documents.parse_toml(saved["config"]))
-    except (LookupError, TypeError, AttributeError, ValueError, UserError) as error:
-        reason = f"holds no configuration that this version reads ({one_line(error)})"
-        raise UserError(f"{path}: {reason}") from error
-    found = differences(dataclasses.replace(made_with, dataset=config.dataset), config)
-    if found:
-        reason = "made with another configuration than config.toml has"
-        raise UserError(f"{path}: {reason} ({found[:SHOWN]})")
-
-
-def load_data(
-    directory: RunDirectory,
-    config: Config,
-    data_root: Path | None,
-    download: bool,
-    device: torch.device | str,
-) -> Dataset:
-    """The data of a run, seen to be its own where it noted their checksum.
-
-    Args:
-        directory: of the run, or of one that has yet to begin.
-        config: of the run.
-        data_root: where the data lie; None for where the run found them last.
-        download: see :func:`robust_app.data.load`.
-        device: to put them on.
-
-    Raises:
-        UserError: if they are missing, damaged or others.
-    """
-    dataset = data.load(config.dataset, data_root or directory.data_root(), download).to(device)
-    noted = [made["data"] for made in directory.environments() if "data" in made]
-    if noted and dataset.checksum != noted[-1]:
-        raise UserError(
-            f"{directory.path}: made on other data than these ({shown(noted[-1])[:16]}…, found "
-            f"{shown(dataset.checksum)[:16]}…); give the run's with --data-root"
-        )
-    return dataset
-
-
-def best_epoch(metrics: list[dict[str, Any]]) -> int | None:
-    """The epoch with the lowest verified, then standard, error on the held-out images.
-
-    Test images play no part. None where nothing is held out, and before a fork has trained: the
-    networks of the epochs that it took over are the other run's.
-    """
-    own = metrics[epochs_taken_over(metrics) :]
-    measured = [epoch for epoch in own if epoch["verified_error"] is not None]
-    if not measured:
-        return None
-    best = min(measured, key=lambda epoch: (epoch["verified_error"], epoch["standard_error"]))
-    return int(best["epoch"])
 
 
 def run(
@@ -239,31 +165,6 @@ def ends_stage(config: Config, epochs_done: int) -> bool:
     """Whether a stage is complete after so many epochs; stage 0 trains the whole network."""
     stages, rest = divmod(epochs_done - config.epochs, config.stage_epochs)
     return stages >= 0 and rest == 0
-
-
-def load_network(
-    directory: RunDirectory, dataset: Dataset, which: str
-) -> tuple[nn.Sequential, int]:
-    """A saved network of a run, on the device of the data, and the epoch it is of.
-
-    Args:
-        directory: of the run.
-        dataset: the run's own.
-        which: ``"best"``, ``"last"`` or ``"stage-S"``, as it was when stage S ended.
-
-    Raises:
-        UserError: if the file is missing, damaged, of another network or configuration.
-    """
-    path, config = directory.network_file(which), directory.config()
-    if not path.exists():
-        raise UserError(f"{path}: missing; a run has it once it has trained such an epoch itself")
-    saved = checkpoint.load(path)
-    if not {"network", "epoch"} <= saved.keys() or not isinstance(saved["epoch"], int):
-        raise UserError(f"{path}: holds no network")
-    check_config(saved, config, path)
-    network = build_network(config, dataset)
-    checkpoint.restore(network, saved["network"], path)
-    return network.eval().to(dataset.x_test.device), saved["epoch"]
 
 
 def evaluated(directory: RunDirectory, how: Examination) -> bool:

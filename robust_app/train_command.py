@@ -16,6 +16,7 @@ from robust_app import (
     distributed,
     divergence,
     evaluating,
+    loading,
     method_settings,
     overrides,
     recipes,
@@ -108,7 +109,7 @@ def train(
         raise unknown("--on-divergence", str(on_divergence), divergence.CHOICES)
     with _saying_how_to_continue(directory), distributed.join(device) as world:
         with world.leader_first():
-            dataset = session.load_data(directory, config, data_root, download, world.device)
+            dataset = loading.load_data(directory, config, data_root, download, world.device)
         data.check_trainable(dataset)
         trainer = Trainer(config, dataset, world, EXECUTIONS[execution])
         console = reporting.console()

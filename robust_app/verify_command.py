@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from robust_app import distributed, environment, reporting, session, verify_run
+from robust_app import distributed, environment, loading, reporting, verify_run
 from robust_app.errors import UserError
 from robust_app.options import DataRoot, Device, Download
 from robust_app.run_directory import RunDirectory
@@ -43,7 +43,7 @@ def verify(
     with distributed.join(device) as world:
         if not world.leads:
             return
-        dataset = session.load_data(directory, config, data_root, download, world.device)
+        dataset = loading.load_data(directory, config, data_root, download, world.device)
         kept = verify_run.load_networks(directory, dataset)
         verify_run.check_files(directory, kept)
         networks = dict(kept.values())

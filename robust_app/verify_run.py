@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from robust_app import checkpoint, data, environment, examination, session, verifiers
+from robust_app import checkpoint, data, environment, examination, loading, session, verifiers
 from robust_app.config import INTEGER, NUMBER
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.epochs import held_out_errors
 from robust_app.errors import UserError, shown
 from robust_app.examination import Examination
-from robust_app.metrics import epochs_taken_over
+from robust_app.metrics import best_epoch, epochs_taken_over
 from robust_app.run_directory import RunDirectory
 
 FIGURES = ("standard_error", "pgd_error", "verified_error", "certified", "falsified", "undecided")
@@ -64,7 +64,7 @@ def check_files(directory: RunDirectory, kept: Kept) -> None:
             the checkpoint.
     """
     state, config = checkpoint.load(directory.checkpoint_file), directory.config()
-    session.check_config(state, config, directory.checkpoint_file)
+    loading.check_config(state, config, directory.checkpoint_file)
     done = state.get("epochs_done")
     if not isinstance(done, int) or not INTEGER.admits(done):
         raise UserError(f"{directory.checkpoint_file}: damaged (it does not say how many epochs)")
@@ -84,7 +84,7 @@ def check_files(directory: RunDirectory, kept: Kept) -> None:
         raise UserError(lost)
     ended = (done - config.epochs) // config.stage_epochs + 1 if config.stages else 0
     stages = {f"stage-{stage}": config.stage_end(stage) for stage in range(ended)}
-    expected = {"best": session.best_epoch(metrics[:done]), "last": done}
+    expected = {"best": best_epoch(metrics[:done]), "last": done}
     expected |= {name: epoch for name, epoch in stages.items() if epoch >= taken_over}
     for name in {**expected, **kept}:
         epoch, found = expected.get(name), kept[name][0] if name in kept else None
@@ -109,7 +109,7 @@ def load_networks(directory: RunDirectory, dataset: Dataset) -> Kept:
     names += [path.stem for path in directory.stage_files()]
     if not names:
         raise UserError(f"{directory.path}: nothing to verify, no network is saved")
-    loaded = {name: session.load_network(directory, dataset, name) for name in names}
+    loaded = {name: loading.load_network(directory, dataset, name) for name in names}
     return {name: (epoch, network) for name, (network, epoch) in loaded.items()}
 
 

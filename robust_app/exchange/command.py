@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from robust_app import examination, reporting, session, verifiers
+from robust_app import examination, loading, reporting, verifiers
 from robust_app.data import Dataset
 from robust_app.errors import UserError, shown, unknown
 from robust_app.examination import Examination
@@ -52,9 +52,9 @@ def export(
         how = dataclasses.replace(how, epsilon=epsilon)
     if verifier is not None:
         how = dataclasses.replace(how, verifiers=verifiers.parse(verifier))
-    dataset = session.load_data(directory, config, data_root, download, "cpu")
+    dataset = loading.load_data(directory, config, data_root, download, "cpu")
     chosen = _chosen(dataset, images, indices, config.seed)
-    loaded, epoch = session.load_network(directory, dataset, network)
+    loaded, epoch = loading.load_network(directory, dataset, network)
     folder = out or run_dir / "export"
     console = reporting.console()
     with reporting.evaluating(console, "properties", len(chosen)) as on_image:

@@ -8,9 +8,9 @@ from typing import Any
 from robust_app.config import Config
 from robust_app.errors import UserError, one_line
 from robust_app.examination import find_result
+from robust_app.metrics import best_epoch
 from robust_app.reproduction.plan import Task
 from robust_app.run_directory import RunDirectory
-from robust_app.session import best_epoch
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def epoch_of(network: str, config: Config, metrics: list[dict[str, Any]]) -> int
     """The epoch of a network of a run; None before the run is complete.
 
     Args:
-        network: a name of :func:`~robust_app.session.load_network`.
+        network: a name of :func:`~robust_app.loading.load_network`.
         config: of the run.
         metrics: of its epochs so far.
     """

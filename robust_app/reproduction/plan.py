@@ -87,7 +87,7 @@ class Task:
         row: of the table.
         run: that trains its network; rows may share it.
         examination: how the run's networks are evaluated for this row.
-        networks: which ones: names of :func:`~robust_app.session.load_network`.
+        networks: which ones: names of :func:`~robust_app.loading.load_network`.
     """
 
     row: Row

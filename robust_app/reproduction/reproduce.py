@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from robust_app import data, environment, examination, reporting, runner, session
+from robust_app import data, environment, examination, loading, reporting, runner, session
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
@@ -161,7 +161,7 @@ class Reproduction:
         if epoch is None or examination.find_result(directory.results(), how, epoch):
             return
         dataset = self._load(config.dataset)
-        loaded, epoch = session.load_network(directory, dataset, network)
+        loaded, epoch = loading.load_network(directory, dataset, network)
         name = examination.network_name(network, epoch)
         shown = f"{task.run.name}, {name}, ε = {how.epsilon:.4g}"
         images = how.images or len(dataset.x_test)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_app import examination, models, session
+from robust_app import examination, loading, models, session
 from robust_app.examination import Examination
 from robust_app.exchange import outside
 from robust_app.reporting import Silent
@@ -129,7 +129,7 @@ def network() -> Format:
         (folder / "last.pt").write_bytes(damaged(content, random))
 
     def read(folder: Path) -> None:
-        loaded, _ = session.load_network(RunDirectory(folder), DIGITS, "last")
+        loaded, _ = loading.load_network(RunDirectory(folder), DIGITS, "last")
         examination.examine(loaded, DIGITS.x_test[:1], DIGITS.y_test[:1], EXAMINATION, 0)
 
     return Format(write, read)

@@ -12,14 +12,13 @@ from robust_app import curves, data, method_settings, pictures, recipes
 from robust_app.config import Config
 from robust_app.events import Events
 from robust_app.examination import Examination
-from robust_app.metrics import SHOWN, values
+from robust_app.metrics import SHOWN, best_epoch, values
 from robust_app.overrides import override, with_epochs
 from robust_app.plot import read as read_metrics
 from robust_app.reporting import Silent
 from robust_app.reproduction import measurements, paper
 from robust_app.reproduction.plan import Settings, tasks
 from robust_app.run_directory import RunDirectory
-from robust_app.session import best_epoch
 from robust_app.training import Trainer
 from tests.fuzz.formats import Format
 from tests.fuzz.mutation import NUMBERS, Random, mutate_bytes, mutate_value

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from robust_app import checkpoint, cli, data, session
+from robust_app import checkpoint, cli, data, loading
 from robust_app.networks import build_network
 from robust_app.run_directory import RunDirectory
 from tests.robust_app.runs import short_config
@@ -47,6 +47,6 @@ def digits_run(tmp_path_factory, digits):
         optimizer.zero_grad()
         F.cross_entropy(network(digits.x_train[batch] / 255), digits.y_train[batch]).backward()
         optimizer.step()
-    saved = session.content(config, epoch=1, network=network.state_dict())
+    saved = loading.content(config, epoch=1, network=network.state_dict())
     checkpoint.save(saved, directory.best_file)
     return directory.path

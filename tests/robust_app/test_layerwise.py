@@ -12,9 +12,10 @@ from robust_app.config import Config
 from robust_app.errors import UserError
 from robust_app.layers import Normalize
 from robust_app.layerwise import split, trainable_layers
+from robust_app.loading import load_network
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
-from robust_app.session import load_network, run
+from robust_app.session import run
 from robust_app.training import Trainer
 from tests.robust_app.runs import (
     ALONE,

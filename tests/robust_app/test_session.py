@@ -9,10 +9,11 @@ import torch
 from robust_app import checkpoint, data, recipes
 from robust_app.errors import UserError
 from robust_app.examination import Examination, measure
+from robust_app.loading import content, load_network
 from robust_app.networks import build_network
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
-from robust_app.session import content, ends_stage, load_network, run
+from robust_app.session import ends_stage, run
 from robust_app.training import Trainer
 from tests.robust_app.runs import ALONE, assert_same_files, few_digits, full_strength, trained
 

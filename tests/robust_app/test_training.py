@@ -9,11 +9,13 @@ from robust_app import batch_norm, checkpoint, data, training
 from robust_app.batch_norm import BatchNorm
 from robust_app.distributed import World
 from robust_app.errors import UserError
+from robust_app.loading import load_network
+from robust_app.metrics import best_epoch
 from robust_app.overrides import override
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
 from robust_app.schedules import Phase
-from robust_app.session import best_epoch, load_network, run
+from robust_app.session import run
 from robust_app.training import Trainer
 from tests.robust_app.runs import (
     ALONE,

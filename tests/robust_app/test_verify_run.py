@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from robust_app import checkpoint, environment, session
+from robust_app import checkpoint, environment, loading
 from robust_app.environment import FACTS
 from robust_app.run_directory import RunDirectory
 from robust_app.verify_run import Claim, differences
@@ -304,7 +304,7 @@ def test_what_cannot_be_compared_is_said(robust_app, run):
             ("checkpoint.pt: not a checkpoint of robust-app, or damaged",),
         ),
         (
-            lambda run: checkpoint.save(session.content(run.config()), run.checkpoint_file),
+            lambda run: checkpoint.save(loading.content(run.config()), run.checkpoint_file),
             ("checkpoint.pt: damaged (it does not say how many epochs)",),
         ),
         (

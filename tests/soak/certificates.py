@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from robust_app import certificates, crown, data, margins, recipes, session
+from robust_app import certificates, crown, data, loading, margins, recipes, session
 from robust_app.attacks import pgd, uniform_start
 from robust_app.batches import as_float
 from robust_app.distributed import World
@@ -70,7 +70,7 @@ def examine(
         Unsound: a certified image has a counterexample.
     """
     config = directory.config()
-    network, epoch = session.load_network(directory, dataset, "best")
+    network, epoch = loading.load_network(directory, dataset, "best")
     x, labels, epsilon = as_float(dataset.x_test), dataset.y_test, config.evaluation_epsilon
     facts = {"model": config.model, "dataset": config.dataset, "epsilon": epsilon, "epoch": epoch}
     bounds = {}

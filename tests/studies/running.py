@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from robust_app import checkpoint, runner, session
+from robust_app import checkpoint, loading, runner
 from robust_app.config import Config
 from robust_app.data import Dataset
 from robust_app.distributed import World
@@ -138,7 +138,7 @@ def train(
     """Begin or resume a run and bring it to the end of so many epochs."""
     trainer = VariedTrainer(variation, config, setup.dataset)
     if setup.start is not None:  # a checkpoint, if there is one, is loaded over it
-        network, _ = session.load_network(RunDirectory(setup.start), setup.dataset, "last")
+        network, _ = loading.load_network(RunDirectory(setup.start), setup.dataset, "last")
         trainer.network.load_state_dict(network.state_dict())
     console.print(f"{variation.name}, seed {config.seed}", markup=False)
     runner.train(trainer, directory, console, data_root=setup.data_root, stop_after=epochs)
@@ -146,7 +146,7 @@ def train(
 
 def measure(setup: Setup, config: Config, directory: RunDirectory) -> list[dict[str, Any]]:
     """Errors of the last network on all test images in percent, a row a radius."""
-    network, epoch = session.load_network(directory, setup.dataset, "last")
+    network, epoch = loading.load_network(directory, setup.dataset, "last")
     rows = []
     for epsilon in setup.epsilons:
         errors = evaluate(

@@ -19,11 +19,12 @@ from robust_app import methods, recipes
 from robust_app.batch_norm import batch_norms, clean_statistics
 from robust_app.errors import UserError
 from robust_app.interval import Interval
+from robust_app.loading import load_network
 from robust_app.losses import certified_loss
 from robust_app.overrides import override, with_epochs
 from robust_app.reporting import Silent
 from robust_app.run_directory import RunDirectory
-from robust_app.session import load_network, run
+from robust_app.session import run
 from robust_app.training import Trainer
 from tests.robust_app.runs import (
     ALONE,

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from robust_app import examination, session
+from robust_app import examination, loading
 from robust_app.errors import UserError
 from robust_app.exact import Verdict
 from robust_app.examination import Examination
@@ -22,7 +22,7 @@ HOW = Examination(0.006, pgd_steps=5, pgd_restarts=1, verifiers=("ibp", "crown")
 
 @pytest.fixture(scope="session")
 def network(digits_run, digits):
-    return session.load_network(RunDirectory(digits_run), digits, "best")[0]
+    return loading.load_network(RunDirectory(digits_run), digits, "best")[0]
 
 
 def rows(path):
