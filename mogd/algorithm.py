@@ -28,7 +28,7 @@ class Present:
 
     Attributes:
         gradients: of K losses, one mapping each, multiplied by the scale of a GradScaler.
-        losses: averaged over processes, shape ``(K,)``.
+        losses: shape ``(K,)``; of this process until they are averaged over all.
         norms: 2-norms of the gradients without that scale, shape ``(K,)``.
         unscale: the inverse of that scale, 0-dim; None without a scaler.
     """
@@ -56,7 +56,12 @@ def weigh(
 ) -> tuple[Record, Tensor | bool]:
     """The weights of K losses, and whether the step is to be taken (:meth:`Guard.admit`).
 
-    Of the present they see the losses alone: the oracle is asked of them (line 16).
+    They come from the past; of the present only the oracle sees the losses (line 16). A step that
+    is not to be taken is counted by the guard.
+
+    Raises:
+        TypeError, ValueError: if the priority names no loss or the rule no K weights.
+        FloatingPointError: see :meth:`Guard.admit`.
     """
     losses, norms = present.losses, present.norms
     gramian, norm_moments = past.gramian(), past.norms()
@@ -80,7 +85,7 @@ def take_in(
         present: the step's gradients.
         past: changes in place.
         weigh_by: the parameters whose gradients the weights come from; all if None.
-        keep: 0-dim bool; where it is False, no moment changes.
+        keep: 0-dim bool; where it is False, no moment changes. None is True.
     """
     gradients, norms = present.gradients, present.norms
     if weigh_by is not None:
@@ -90,7 +95,13 @@ def take_in(
 
 
 def leave(present: Present, factors: Tensor, keep: Tensor | None) -> None:
-    """Leave Σₖ factorₖ gₖ in the ``.grad`` of the parameters; 0 where ``keep`` is False."""
+    """Leave Σₖ factorₖ gₖ in the ``.grad`` of the parameters.
+
+    Args:
+        present: the step's gradients, which are overwritten.
+        factors: κ + 2 κ_reg L, shape ``(K,)``.
+        keep: 0-dim bool; where it is False, 0 is left. None is True.
+    """
     drop = None if keep is None else ~keep
     for parameter, gradient in combine(present.gradients, factors).items():
         if drop is not None:

@@ -47,7 +47,7 @@ def reevaluation(
 
 
 def _objective(
-    optimizer: Optimizer,
+    base: Optimizer,
     closure: Callable[[], Any],
     record: Record,
     average: Callable[[Tensor], Tensor],
@@ -60,7 +60,7 @@ def _objective(
     ``average`` takes a loss of this process to that of all, so that all take the same decisions.
     """
     expected = len(record.weights)
-    left: list[tuple[Tensor | None, int]] | None = _tensors(optimizer)
+    left: list[tuple[Tensor | None, int]] | None = _tensors(base)
 
     def value(losses: Tensor) -> Tensor:
         return (record.weights * losses + record.regularization * losses**2).sum()
@@ -68,10 +68,10 @@ def _objective(
     def objective() -> float:
         nonlocal left
         before, left = left, None  # the first gradients are not kept alive
-        if before is not None and _same(before, _tensors(optimizer)):
+        if before is not None and _same(before, _tensors(base)):
             return float(value(record.losses))
         del before
-        optimizer.zero_grad()
+        base.zero_grad()
         losses: list[Tensor] = []
         with torch.enable_grad():
             for index, (loss, retain_graph) in enumerate(each(closure())):

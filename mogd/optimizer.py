@@ -146,9 +146,10 @@ class UnbiasedMultiGradient(Wrapper):
     ) -> Record | None:
         """Differentiate each loss and leave the weighted gradient in the parameters' ``.grad``.
 
-        What ``.grad`` held before is replaced, with a warning if it is neither what the last
-        ``step`` was taken along nor zeros of ``zero_grad`` (without a scaler, which may leave out
-        steps). Leaves other than the parameters get their own ``.grad`` as usual.
+        What ``.grad`` held before is replaced. A warning says so of a gradient that is newer than
+        the last ``step`` or ``zero_grad`` (without a scaler, which may leave out steps); what was
+        added in place to an older one is not seen. Leaves other than the parameters get their own
+        ``.grad`` as usual.
 
         Args:
             losses: K scalar tensors. An iterator is consumed one loss at a time, each graph freed
@@ -177,7 +178,7 @@ class UnbiasedMultiGradient(Wrapper):
         if scaler is not None and not scaler.is_enabled():
             scaler = None
         if scaler is None:  # which may have left out a step
-            self._taken.warn_of_others(self._parameters())
+            self._taken.warn_of_others(self._parameters(), "backward()", callers=4)
         collected, self._pending = self._pending or LossGradients(), None
         shared = self.distributed and not self._accumulating
         try:
@@ -265,6 +266,7 @@ class UnbiasedMultiGradient(Wrapper):
     def _backward_of(self, closure: Callable[[], Iterable[Tensor] | None]) -> Record | None:
         """Evaluate a step's closure and differentiate the losses, if it returns them."""
         before, self._pending = self._pending, None
+        self._taken.note(self._parameters())  # what is replaced as by zero_grad
         losses = closure()
         if losses is None:
             self._pending = self._pending or before
@@ -279,6 +281,7 @@ class UnbiasedMultiGradient(Wrapper):
         if self._pending is not None and needs_closure(type(self.base).step):
             self.zero_grad()
             raise TypeError(MICRO_BATCHES.format(base=type(self.base).__name__))
+        self._taken.warn_of_others(self._parameters(), "step(closure)", callers=7)
         self._keep = True
         super().zero_grad()
         return self.backward(losses)
@@ -339,10 +342,11 @@ class UnbiasedMultiGradient(Wrapper):
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         """Weigh by the past, take in the present, combine (Algorithm 1)."""
         check_reached(collected.gradients, self._weigh_by)
-        present = Present.of(collected, scaler, self._device())
+        device = self._device()
+        present = Present.of(collected, scaler, device)
         if self.distributed and parallel.world_size() > 1:
             present = replace(present, losses=self._agreed_losses(present))
-        past = self._moments or Moments(self.moment_decay, len(present.losses), self._device())
+        past = self._moments or Moments(self.moment_decay, len(present.losses), device)
         self.last, keep = weigh(present, past, self.rule, self.priority, self._guard)
         mask = keep if isinstance(keep, Tensor) else None
         if keep is not False:

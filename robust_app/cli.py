@@ -40,7 +40,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"robust-app {mogd.__version__}, torch {torch.__version__}")
+        _say(f"robust-app {mogd.__version__}, torch {torch.__version__}")
         raise typer.Exit
 
 
@@ -73,8 +73,8 @@ def recipes(
         _show(listings.of_recipes())
     else:
         if description := recipe_book.description(name):
-            print(f"description = {json.dumps(description, ensure_ascii=False)}")
-        print(recipe_book.load(name).to_toml(), end="")
+            _say(f"description = {json.dumps(description, ensure_ascii=False)}")
+        _say(recipe_book.load(name).to_toml().rstrip())
 
 
 @app.command()
@@ -99,6 +99,10 @@ def list_verifiers() -> None:
 def datasets() -> None:
     """List the data sets that a recipe's `dataset` names."""
     _show(listings.of_datasets())
+
+
+def _say(text: str) -> None:
+    reporting.say(reporting.console(), text)
 
 
 def _show(tables: list[Table]) -> None:
@@ -135,10 +139,12 @@ def main() -> None:
                 sys.stdout = io.StringIO()  # if it is that, Python would fail on it at its end
             status = _refuse(f"{where}cannot read or write ({reason(error)})")
     status = stop.status or status or 0
-    if is_solving() or distributed.size() > 1:  # there Python's end may abort in other threads
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+    # Python's end would wait for the solver, and may abort in a thread of communication.
+    if is_solving() or distributed.size() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # as one is that was closed before Python's start
+                with suppress(OSError):
+                    stream.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -146,5 +152,5 @@ def main() -> None:
 def _refuse(fault: str, from_all: bool = False) -> int:
     """Say in one line, and from one process if not from all, what is wrong."""
     if fault and (from_all or distributed.rank() == 0):  # a bare call has printed the help
-        print(f"robust-app: {fault}", file=sys.stderr)
+        print(f"robust-app: {fault}", file=sys.stderr, flush=True)
     return 2

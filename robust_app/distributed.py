@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -79,19 +79,23 @@ class World:
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """The leading process passes alone, the others after it: one download, not many."""
-        if self.size > 1 and not self.leads:
-            torch.distributed.barrier()
+        """The leading process passes alone, the others after it: one download, not many.
+
+        Raises:
+            UserError: in the others, for which this is the end: it failed in the leading one.
+        """
+        failed = torch.zeros((), dtype=torch.int64, device=self.device)
+        if not self.leads and self.total(failed):
+            raise UserError("process 0 failed")
         try:
             yield
         except Exception:
-            self._let_others_pass()  # they find it too, not that this one has gone
+            if self.leads:
+                with suppress(RuntimeError):  # of another one that has gone: this is to be told
+                    self.total(failed + 1)
             raise
-        self._let_others_pass()
-
-    def _let_others_pass(self) -> None:
-        if self.size > 1 and self.leads:
-            torch.distributed.barrier()
+        if self.leads:
+            self.total(failed)
 
 
 def _order_gradients(objective: DistributedDataParallel) -> None:
@@ -145,12 +149,12 @@ def of_all_processes(value: Tensor) -> Tensor:
 
 def rank() -> int:
     """Of this process among those that torchrun has started; 0 if it is alone."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 def size() -> int:
     """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def restarted() -> bool:

@@ -55,10 +55,9 @@ def check_changes(config: Config, changed: Config) -> None:
     if changed.method != config.method:
         _check_method(config, changed)
     stages = ("stage_epochs", "stage_learning_rate", "stage_milestones")
-    without_radius = method.losses == ("natural",)
     unread = {
-        "epsilon": (without_radius, f"for {changed.method}"),
-        "ramp_epochs": (without_radius, f"for {changed.method}"),
+        "epsilon": (not method.has_radius, f"for {changed.method}"),
+        "ramp_epochs": (not method.has_radius, f"for {changed.method}"),
         "crown_share": (not method.crown, f"for {changed.method}"),
         "natural_weight": (method.losses != ("mixed",), f"for {changed.method}"),
         "crop_padding": (not changed.augment, "without augment"),

@@ -70,6 +70,11 @@ class Method:
     attack: Callable[[Config], Attack] = fgsm_random
     crown: bool = False
 
+    @property
+    def has_radius(self) -> bool:
+        """Whether any loss reads ε."""
+        return self.losses != ("natural",)
+
 
 JOINT = ("adversarial", "certified")
 

@@ -164,18 +164,21 @@ class Program:
             constraints=constraints,
             options={"time_limit": seconds, "mip_rel_gap": _ANY_GAP},
         )
-        result = _left_by_ctrl_c(solve)
+        result = _interruptible(solve)
         solution = None if result.x is None else torch.from_numpy(result.x) * scales
         return Answer(infeasible=result.status == _INFEASIBLE, solution=solution)
 
 
 def is_solving() -> bool:
-    """Whether a solver that was left goes on; Python's end would abort in its thread."""
+    """Whether a solver goes on, which an interruption has left; Python's end waits for it."""
     return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
-def _left_by_ctrl_c(solve: Callable[[], Any]) -> Any:
-    """What a solver outside of Python returns, which alone would hear no signal until its end."""
+def _interruptible(solve: Callable[[], Any]) -> Any:
+    """What a solver outside of Python returns, which alone would hear no signal until its end.
+
+    An interruption leaves it at once. No daemon: in the thread of one, Python's end may abort.
+    """
     answer: Future[Any] = Future()
 
     def run() -> None:
@@ -184,7 +187,7 @@ def _left_by_ctrl_c(solve: Callable[[], Any]) -> Any:
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=run, name=_THREAD, daemon=True).start()
+    threading.Thread(target=run, name=_THREAD).start()
     return answer.result()
 
 

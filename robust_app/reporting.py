@@ -197,7 +197,7 @@ def console() -> Console:
 
 def say(console: Console, text: str) -> None:
     """Print lines as they are: neither marked up nor coloured, and broken nowhere else."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def listing(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -6,7 +6,15 @@ from typing import Any
 
 from rich.console import Console
 
-from robust_app import curves, divergence, environment, pictures, reporting, session
+from robust_app import (
+    curves,
+    divergence,
+    environment,
+    methods,
+    pictures,
+    reporting,
+    session,
+)
 from robust_app.errors import UserError
 from robust_app.events import Events
 from robust_app.run_directory import RunDirectory
@@ -55,7 +63,8 @@ def train(
     elif directory.config() != config:  # begun since this process looked, before it had the lock
         raise UserError(f"{directory.path}: holds another run")
     reporting.say(console, f"run directory: {directory.path}")
-    if config.epsilon != config.evaluation_epsilon and not is_done:
+    has_radius = methods.find(config.method).has_radius
+    if has_radius and config.epsilon != config.evaluation_epsilon and not is_done:
         reporting.say(
             console,
             f"trained at ε = {config.epsilon:g}, evaluated at {config.evaluation_epsilon:g} "

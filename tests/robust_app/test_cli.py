@@ -90,6 +90,12 @@ def test_another_radius_of_the_evaluation_is_told(robust_app, radius):
     assert ("trained at ε = 0.05, evaluated at 0.1 (evaluation_epsilon)" in out) == (radius < 0.1)
 
 
+def test_a_method_without_a_radius_is_not_told_to_train_at_one(robust_app):
+    options = ("--epochs", "1", "--set", "pgd_steps=1", "--set", "evaluation_epsilon=0.05")
+    _, out, _ = robust_app("train", "--recipe", "digits-natural", *options)
+    assert "trained at" not in out
+
+
 def test_a_reader_that_has_left_ends_a_run_with_a_word(tmp_path):
     command = [sys.executable, "-m", "robust_app", "train", "--epochs", "9", "--run-dir", "run"]
     with subprocess.Popen(
@@ -616,21 +622,46 @@ def test_torchrun_continues_the_run_that_it_starts_again(robust_app, finished_ru
     assert_refused(robust_app(*again), "not empty")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert robust_app(*again)[0] == 0
-    way_out = f"or begin one where it is: robust-app fork {finished_run} --set KEY=VALUE"
-    assert_refused(robust_app(*again, "--seed", "5"), "--resume: the run has", "seed", way_out)
+    another = robust_app(*again, "--seed", "5")
+    assert_refused(another, "--resume: the run has", "seed", "leave it out, or train a new run")
+    way_out = f"or go on from this run in another: robust-app fork {finished_run} --set KEY=VALUE"
+    assert_refused(robust_app(*again, "--set", "fosc_maximum=0.5"), "fosc_maximum", way_out)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert_refused(robust_app("train", *QUICK), "--run-dir: needed with --max-restarts")
 
 
+def printed_into(output, *arguments, processes=""):
+    """Status and standard error of a command with this standard output."""
+    command = [sys.executable, "-m", "robust_app", *arguments]
+    done = subprocess.run(
+        command,
+        env=ONE_THREAD | {"WORLD_SIZE": processes, "PYTHONUNBUFFERED": ""},
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return done.returncode, done.stderr
+
+
+OUTPUTS = [("recipes",), ("recipes", "digits"), ("--version",)]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_output_that_cannot_be_written_is_one_line_and_status_2(tmp_path):
-    command = [sys.executable, "-m", "robust_app", "recipes"]
+@pytest.mark.parametrize("processes", ["", "2"])
+@pytest.mark.parametrize("arguments", OUTPUTS)
+def test_output_that_cannot_be_written_is_one_line_and_status_2(arguments, processes):
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            command, cwd=tmp_path, env=ONE_THREAD, stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    words = "robust-app: cannot read or write (No space left on device)\n"
-    assert (done.returncode, done.stderr) == (2, words)
+        told = printed_into(full, *arguments, processes=processes)
+    assert told == (2, "robust-app: cannot read or write (No space left on device)\n")
+
+
+@pytest.mark.parametrize("arguments", OUTPUTS)
+def test_output_that_nobody_reads_is_one_line_and_status_2(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = printed_into(writer, *arguments)
+    os.close(writer)
+    assert told == (2, "robust-app: standard output: closed by who read it\n")
 
 
 def test_an_npz_is_found_again_from_another_folder(robust_app, tmp_path, monkeypatch):

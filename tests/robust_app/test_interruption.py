@@ -50,7 +50,7 @@ def solve():
     milp(-weights[0], constraints=[within], integrality=1, bounds=Bounds(0, 1), options=options)
 
 atexit.register(print, "Python's own end, which may abort while the solver returns")
-cli.app = lambda **_: programming._left_by_ctrl_c(solve)
+cli.app = lambda **_: programming._interruptible(solve)
 cli.main()
 """
 
@@ -59,6 +59,26 @@ def test_a_process_whose_solver_goes_on_ends_without_it():
     command = [sys.executable, "-c", LEFT]
     done = subprocess.run(command, text=True, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+WAITED_FOR = """
+import os, signal, time
+from robust_app import programming
+
+def solve():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+    print("solved")
+
+programming._interruptible(solve)
+"""
+
+
+def test_a_program_of_one_s_own_waits_for_the_solver_at_its_end():
+    command = [sys.executable, "-c", WAITED_FOR]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "solved\n")
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
 OF_SEVERAL = """
@@ -74,12 +94,24 @@ cli.main()
 def test_one_of_several_processes_ends_without_python_s_own_end():
     done = subprocess.run(
         [sys.executable, "-c", OF_SEVERAL],
-        env=os.environ | {"WORLD_SIZE": "2"},
+        env=os.environ | {"WORLD_SIZE": "2", "PYTHONUNBUFFERED": ""},
         text=True,
         capture_output=True,
         timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("stream", ["1", "2"])
+def test_one_of_several_processes_may_have_no_output(stream):
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m robust_app recipes digits {stream}>&-"],
+        env=os.environ | {"WORLD_SIZE": "2"},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_torchrun_may_terminate_what_ctrl_c_has_stopped_but_a_user_may_insist(usual):
