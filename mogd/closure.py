@@ -71,10 +71,11 @@ def _objective(
         if before is not None and _same(before, _tensors(base)):
             return float(value(record.losses))
         del before
-        base.zero_grad()
         losses: list[Tensor] = []
         with torch.enable_grad():
-            for index, (loss, retain_graph) in enumerate(each(closure())):
+            found = closure()
+            base.zero_grad()  # what it leaves, too, as of the first evaluation
+            for index, (loss, retain_graph) in enumerate(each(found)):
                 if index == expected:
                     raise ValueError(f"closure must return {expected} losses as before, got more")
                 losses.append(average(loss.detach().to(record.weights)))

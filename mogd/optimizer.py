@@ -178,7 +178,7 @@ class UnbiasedMultiGradient(Wrapper):
         if scaler is not None and not scaler.is_enabled():
             scaler = None
         if scaler is None:  # which may have left out a step
-            self._taken.warn_of_others(self._parameters(), "backward()", callers=4)
+            self._taken.warn_of_others(self._parameters())
         collected, self._pending = self._pending or LossGradients(), None
         shared = self.distributed and not self._accumulating
         try:
@@ -227,8 +227,9 @@ class UnbiasedMultiGradient(Wrapper):
 
         Args:
             closure: returns the losses; with it, this is ``zero_grad``, ``backward`` and ``step``
-                in one. A base that evaluates the losses several times a step (L-BFGS) needs it,
-                and sees the same weights at each evaluation; ``nonfinite`` guards the first.
+                in one, after the closure: gradients that it leaves are dropped. A base that
+                evaluates the losses several times a step (L-BFGS) needs it, and sees the same
+                weights at each evaluation; ``nonfinite`` guards the first.
                 One that returns None, as those of trainer frameworks do, has called ``backward``
                 itself: then this steps along ``.grad`` as it is.
 
@@ -266,7 +267,6 @@ class UnbiasedMultiGradient(Wrapper):
     def _backward_of(self, closure: Callable[[], Iterable[Tensor] | None]) -> Record | None:
         """Evaluate a step's closure and differentiate the losses, if it returns them."""
         before, self._pending = self._pending, None
-        self._taken.note(self._parameters())  # what is replaced as by zero_grad
         losses = closure()
         if losses is None:
             self._pending = self._pending or before
@@ -281,7 +281,6 @@ class UnbiasedMultiGradient(Wrapper):
         if self._pending is not None and needs_closure(type(self.base).step):
             self.zero_grad()
             raise TypeError(MICRO_BATCHES.format(base=type(self.base).__name__))
-        self._taken.warn_of_others(self._parameters(), "step(closure)", callers=7)
         self._keep = True
         super().zero_grad()
         return self.backward(losses)

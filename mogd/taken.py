@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 LOST_GRADIENT = """\
-{replacing} replaces what .grad holds, along which this optimizer took no step: gather \
+backward() replaces what .grad holds, along which this optimizer took no step: gather \
 micro-batches inside accumulate(), add penalties to the losses, and call step() or zero_grad() \
 between two backward()"""
 
@@ -27,15 +27,9 @@ class Taken:
         gradients = (parameter.grad for parameter in parameters)
         self._gradients = [weakref.ref(gradient) for gradient in gradients if gradient is not None]
 
-    def warn_of_others(self, parameters: Iterable[Tensor], replacing: str, callers: int) -> None:
-        """Warn if the parameters have any other.
-
-        Args:
-            parameters: whose gradients are about to be replaced.
-            replacing: what the user has called.
-            callers: how many frames above this one that was.
-        """
+    def warn_of_others(self, parameters: Iterable[Tensor]) -> None:
+        """Warn if the parameters have any that was not noted."""
         taken = {id(reference()) for reference in self._gradients}
         gradients = (parameter.grad for parameter in parameters)
         if any(gradient is not None and id(gradient) not in taken for gradient in gradients):
-            warnings.warn(LOST_GRADIENT.format(replacing=replacing), stacklevel=callers + 1)
+            warnings.warn(LOST_GRADIENT, stacklevel=5)  # who calls backward, past its decorator

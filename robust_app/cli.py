@@ -151,6 +151,8 @@ def main() -> None:
 
 def _refuse(fault: str, from_all: bool = False) -> int:
     """Say in one line, and from one process if not from all, what is wrong."""
-    if fault and (from_all or distributed.rank() == 0):  # a bare call has printed the help
-        print(f"robust-app: {fault}", file=sys.stderr, flush=True)
+    told = fault and (from_all or distributed.rank() == 0)  # a bare call has printed the help
+    if told and sys.stderr is not None:
+        with suppress(OSError):
+            print(f"robust-app: {fault}", file=sys.stderr, flush=True)
     return 2

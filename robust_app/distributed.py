@@ -92,7 +92,7 @@ class World:
         except Exception:
             if self.leads:
                 with suppress(RuntimeError):  # of another one that has gone: this is to be told
-                    self.total(failed + 1)
+                    self.total(failed + 1).item()  # so that they have it before this one goes
             raise
         if self.leads:
             self.total(failed)
@@ -149,12 +149,12 @@ def of_all_processes(value: Tensor) -> Tensor:
 
 def rank() -> int:
     """Of this process among those that torchrun has started; 0 if it is alone."""
-    return int(os.environ.get("RANK") or 0)
+    return _number("RANK", 0)
 
 
 def size() -> int:
     """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _number("WORLD_SIZE", 1)
 
 
 def restarted() -> bool:
@@ -163,12 +163,17 @@ def restarted() -> bool:
 
 
 def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def will_restart() -> bool:
     """Whether torchrun has been told to do so."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0
+
+
+def _number(name: str, otherwise: int) -> int:
+    """A variable that torchrun sets, or what holds where it is not set, or empty."""
+    return int(os.environ.get(name) or otherwise)
 
 
 @contextmanager
@@ -186,7 +191,7 @@ def join(device: str, patience: timedelta = PATIENCE) -> Iterator[World]:
         ProcessLost: if another process has ended or does not answer.
     """
     processes = size()
-    chosen = _choose(device, int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = _choose(device, _number("LOCAL_RANK", 0))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # also where streams and graphs are made
     with products_in("float32"):

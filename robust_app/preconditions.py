@@ -12,9 +12,9 @@ def check(config: Config, dataset: Dataset, world: World, execution: type[Eager]
     """See that a run can be trained, as far as that shows before its network is made.
 
     Raises:
-        UserError: a name is unknown, the method does not fit the rest of the configuration, or the
-            data do not fit the batch size, or the device does not fit the precision or the
-            execution.
+        UserError: a name is unknown, the method does not fit the rest of the configuration, the
+            batch size not the processes or BatchNorm, the crops not the images, or the device not
+            the precision or the execution.
     """
     method_settings.check(config)
     precision.check(config.precision, world.device)

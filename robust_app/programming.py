@@ -187,8 +187,11 @@ def _interruptible(solve: Callable[[], Any]) -> Any:
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=run, name=_THREAD).start()
-    return answer.result()
+    thread = threading.Thread(target=run, name=_THREAD)
+    thread.start()
+    result = answer.result()
+    thread.join()
+    return result
 
 
 def _power_of_two(values: Tensor) -> Tensor:

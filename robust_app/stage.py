@@ -32,6 +32,7 @@ class Stage:
         execution: what will run the steps.
 
     Attributes:
+        number, method: of the run.
         frozen: the layers before the stage's input.
         losses: what makes the losses of a step; it holds the layers that train.
         optimizer: of these layers.
@@ -53,10 +54,10 @@ class Stage:
         before, trained = split(network, number)
         self.frozen = before.requires_grad_(False).eval()
         self.method = methods.find(config.method)
-        self.gradient_clip = config.gradient_clip
+        self._gradient_clip = config.gradient_clip
         self.faults = FirstFault(2, world.device)
         stationarity = Stationarity()
-        self.priority = Threshold(stationarity, limit=config.fosc_maximum)
+        self._priority = Threshold(stationarity, limit=config.fosc_maximum)
         make_losses = CompiledLosses if execution.compiles else Losses
         objective = world.wrap(Objective(trained))
         self.losses = make_losses(
@@ -74,7 +75,7 @@ class Stage:
             lr=config.learning_rate,
             moment_decay=config.moment_decay,
             rule=rule(config),
-            priority=self.priority,
+            priority=self._priority,
             nonfinite="skip",  # what was skipped is looked for here
             weigh_by=[next(trained.parameters())] if config.authors_weights else None,
             # The implementation that does not wait for the device.
@@ -92,7 +93,7 @@ class Stage:
             batch = Batch.of_hidden(self.frozen, x, labels, start, values.epsilon)
         for group in self.optimizer.param_groups:
             group["lr"] = values.learning_rate * group["multiplier"]
-        self.priority.limit = values.fosc_threshold
+        self._priority.limit = values.fosc_threshold
         names = methods.losses_of(self.method, phase)
         losses = self.losses.of(names, batch, values)
         self.optimizer.zero_grad()
@@ -100,8 +101,8 @@ class Stage:
             report = self._single_backward(names[0], next(losses))
         else:
             report = self._joint_backward(names, losses)
-        if self.gradient_clip < math.inf:
-            nn.utils.clip_grad_norm_(self.losses.network.parameters(), self.gradient_clip)
+        if self._gradient_clip < math.inf:
+            nn.utils.clip_grad_norm_(self.losses.network.parameters(), self._gradient_clip)
         self.optimizer.step()
         return report
 

@@ -30,7 +30,7 @@ from robust_app.distributed import ProcessLost
 from robust_app.errors import UserError, one_line, unknown
 from robust_app.events import summary_writer
 from robust_app.examination import Examination
-from robust_app.forking import FIXED
+from robust_app.forking import FIXED, OF_MOMENTS
 from robust_app.interruption import Terminated
 from robust_app.options import DataRoot, Device, Download
 from robust_app.run_directory import RunDirectory, next_free
@@ -157,15 +157,16 @@ def _saying_how_to_continue(directory: RunDirectory) -> Iterator[None]:
 
 def _another(directory: RunDirectory, stored: Config, config: Config) -> str:
     """Why a run cannot be resumed with a configuration, and what can be done."""
-    told = f"--resume: the run has {overrides.differences(stored, config)}; leave it out"
-    if any(getattr(stored, name) != getattr(config, name) for name in FIXED):
-        return f"{told}, or train a new run"
+    found = overrides.differences(stored, config)
+    told = f"--resume: the run has {found}; leave out what makes it another, or"
+    if any(getattr(stored, name) != getattr(config, name) for name in FIXED | OF_MOMENTS):
+        return f"{told} train a new run"
     path = shlex.quote(str(directory.path))
-    return f"{told}, or go on from this run in another: robust-app fork {path} --set KEY=VALUE"
+    return f"{told} begin one where this is: robust-app fork {path} --set KEY=VALUE"
 
 
 def _again(directory: RunDirectory) -> str:
-    program = "torchrun … -m robust_app" if "WORLD_SIZE" in os.environ else "robust-app"
+    program = "torchrun … -m robust_app" if os.environ.get("WORLD_SIZE") else "robust-app"
     path = shlex.quote(str(directory.path))
     return f"continue with: {program} train --run-dir {path} --resume"
 

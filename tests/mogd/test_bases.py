@@ -208,6 +208,24 @@ def test_lbfgs_sees_one_objective_within_a_step(line_search_fn):
     assert optimizer.state_dict()["moments"]["count"] == 6  # once a step, however often it looks
 
 
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.LBFGS])
+def test_gradients_that_a_closure_leaves_are_dropped(base):
+    ends = []
+    for attacks in (False, True):
+        model = network()
+        optimizer = UnbiasedMultiGradient(model.parameters(), base, lr=0.1)
+
+        def closure(model=model, attacks=attacks):
+            if attacks:
+                sum(objectives(model, 1)).backward()
+            return objectives(model, 0)
+
+        for _ in range(2):
+            optimizer.step(closure)
+        ends.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*ends)
+
+
 def test_lbfgs_without_closure_is_refused():
     model = network()
     optimizer = UnbiasedMultiGradient(model.parameters(), torch.optim.LBFGS)

@@ -353,26 +353,6 @@ def test_a_penalty_s_own_backward_is_not_lost_without_a_word(when):
         optimizer.backward(in_agreement(p))
 
 
-def test_a_penalty_s_own_backward_in_a_closure_is_not_lost_without_a_word():
-    p, optimizer = optimizer_after()
-
-    def closure():
-        linear(p, (1, 1)).backward()
-        return in_agreement(p)
-
-    with pytest.warns(UserWarning, match=r"step\(closure\) replaces what \.grad holds") as caught:
-        optimizer.step(closure)
-    assert caught[0].filename == __file__
-
-
-def test_what_a_closure_finds_is_cleared_silently():
-    p, optimizer = optimizer_after(AGREEING)
-    optimizer.zero_grad()
-    linear(p, (1, 1)).backward()
-    optimizer.step(lambda: in_agreement(p))
-    optimizer.step(lambda: in_agreement(p))
-
-
 SETTLED = {
     "stepped along": lambda p, optimizer: optimizer.step(),
     "cleared": lambda p, optimizer: optimizer.zero_grad(),

@@ -623,8 +623,8 @@ def test_torchrun_continues_the_run_that_it_starts_again(robust_app, finished_ru
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert robust_app(*again)[0] == 0
     another = robust_app(*again, "--seed", "5")
-    assert_refused(another, "--resume: the run has", "seed", "leave it out, or train a new run")
-    way_out = f"or go on from this run in another: robust-app fork {finished_run} --set KEY=VALUE"
+    assert_refused(another, "--resume: the run has", "seed", "or train a new run")
+    way_out = f"or begin one where this is: robust-app fork {finished_run} --set KEY=VALUE"
     assert_refused(robust_app(*again, "--set", "fosc_maximum=0.5"), "fosc_maximum", way_out)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert_refused(robust_app("train", *QUICK), "--run-dir: needed with --max-restarts")
@@ -662,6 +662,13 @@ def test_output_that_nobody_reads_is_one_line_and_status_2(arguments):
     told = printed_into(writer, *arguments)
     os.close(writer)
     assert told == (2, "robust-app: standard output: closed by who read it\n")
+
+
+@pytest.mark.parametrize("to", ["&-", "/dev/full"])
+def test_what_is_wrong_has_its_status_where_it_cannot_be_said(to):
+    command = f"exec {sys.executable} -m robust_app evaluate nowhere 2>{to}"
+    done = subprocess.run(["sh", "-c", command], env=ONE_THREAD, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, b"")
 
 
 def test_an_npz_is_found_again_from_another_folder(robust_app, tmp_path, monkeypatch):
