@@ -73,8 +73,9 @@ def _objective(
         del before
         losses: list[Tensor] = []
         with torch.enable_grad():
+            base.zero_grad()  # not kept alive in the forward pass
             found = closure()
-            base.zero_grad()  # what it leaves, too, as of the first evaluation
+            base.zero_grad()  # nor is what a closure leaves, as of the first evaluation
             for index, (loss, retain_graph) in enumerate(each(found)):
                 if index == expected:
                     raise ValueError(f"closure must return {expected} losses as before, got more")

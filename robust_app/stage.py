@@ -32,7 +32,8 @@ class Stage:
         execution: what will run the steps.
 
     Attributes:
-        number, method: of the run.
+        number: as given.
+        method: of the run.
         frozen: the layers before the stage's input.
         losses: what makes the losses of a step; it holds the layers that train.
         optimizer: of these layers.

@@ -30,7 +30,6 @@ from robust_app.distributed import ProcessLost
 from robust_app.errors import UserError, one_line, unknown
 from robust_app.events import summary_writer
 from robust_app.examination import Examination
-from robust_app.forking import FIXED, OF_MOMENTS
 from robust_app.interruption import Terminated
 from robust_app.options import DataRoot, Device, Download
 from robust_app.run_directory import RunDirectory, next_free
@@ -98,7 +97,11 @@ def train(
         directory.check_free()
     config = _requested(stored, recipe, settings or [], epochs, seed)
     if stored is not None and config != stored:
-        raise UserError(_another(directory, stored, config))
+        raise UserError(
+            f"--resume: the run has {overrides.differences(stored, config)}; leave out what makes "
+            "it another, or begin one where this is, as far as a fork may differ: "
+            f"robust-app fork {shlex.quote(str(directory.path))} --set KEY=VALUE"
+        )
     until = min(stop_after or config.total_epochs, config.total_epochs)
     data_root = data_root or directory.data_root()
     on_divergence = on_divergence or directory.on_divergence() or divergence.STOP
@@ -153,16 +156,6 @@ def _saying_how_to_continue(directory: RunDirectory) -> Iterator[None]:
         if not directory.config_file.exists():
             raise
         raise ProcessLost(f"{error}; {kept}") from error
-
-
-def _another(directory: RunDirectory, stored: Config, config: Config) -> str:
-    """Why a run cannot be resumed with a configuration, and what can be done."""
-    found = overrides.differences(stored, config)
-    told = f"--resume: the run has {found}; leave out what makes it another, or"
-    if any(getattr(stored, name) != getattr(config, name) for name in FIXED | OF_MOMENTS):
-        return f"{told} train a new run"
-    path = shlex.quote(str(directory.path))
-    return f"{told} begin one where this is: robust-app fork {path} --set KEY=VALUE"
 
 
 def _again(directory: RunDirectory) -> str:

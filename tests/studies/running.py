@@ -30,9 +30,9 @@ class VariedTrainer(Trainer):
         self.variation = variation
         super().__init__(config, dataset, ALONE)
 
-    def begin_stage(self, stage: int) -> None:
+    def begin_stage(self, number: int) -> None:
         """See :meth:`Trainer.begin_stage`; called whenever the optimizer is made."""
-        super().begin_stage(stage)
+        super().begin_stage(number)
         self.variation.apply_to(self.optimizer)
 
 
