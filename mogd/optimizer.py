@@ -229,7 +229,8 @@ class UnbiasedMultiGradient(Wrapper):
             closure: returns the losses; with it, this is ``zero_grad``, ``backward`` and ``step``
                 in one, after the closure: gradients that it leaves are dropped. A base that
                 evaluates the losses several times a step (L-BFGS) needs it, and sees the same
-                weights at each evaluation; ``nonfinite`` guards the first.
+                weights at each evaluation; ``nonfinite`` guards the first. From the second on, what
+                the body of a generator leaves that the closure returns is added, not dropped.
                 One that returns None, as those of trainer frameworks do, has called ``backward``
                 itself: then this steps along ``.grad`` as it is.
 

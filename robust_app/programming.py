@@ -170,7 +170,7 @@ class Program:
 
 
 def is_solving() -> bool:
-    """Whether a solver goes on, which an interruption has left; Python's end waits for it."""
+    """Whether a solver goes on that an interruption has left; Python's end would wait for it."""
     return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
