@@ -14,7 +14,7 @@ from rich.table import Table
 import mogd
 from robust_app import distributed, listings, reporting
 from robust_app import recipes as recipe_book
-from robust_app.distributed import ProcessLost
+from robust_app.distributed import OfOneProcess
 from robust_app.errors import UserError, reason, shown
 from robust_app.evaluate_command import evaluate
 from robust_app.exchange.command import export
@@ -122,10 +122,13 @@ def main() -> None:
     mend, 130 on Ctrl-C, 143 on SIGTERM.
     """
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that a terminal lacks ends no run
     with stoppable() as stop:
         try:
             status = app(standalone_mode=False)
-        except ProcessLost as error:  # it may be the leading process that was lost
+        except OfOneProcess as error:
             status = _refuse(str(error), from_all=True)
         except UserError as error:
             status = _refuse(str(error))

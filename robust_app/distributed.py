@@ -22,7 +22,11 @@ from robust_app.precision import products_in
 PATIENCE = timedelta(minutes=30)  # a download, for which the others wait, may take a while
 
 
-class ProcessLost(UserError):
+class OfOneProcess(UserError):
+    """What a process has found that the others need not find: each that has says so."""
+
+
+class ProcessLost(OfOneProcess):
     """Another process has ended, or does not answer."""
 
 
@@ -83,16 +87,19 @@ class World:
 
         Raises:
             UserError: in the others, for which this is the end: it failed in the leading one.
+            OfOneProcess: it failed in another one: on its node, for instance, the data are missing.
         """
         failed = torch.zeros((), dtype=torch.int64, device=self.device)
         if not self.leads and self.total(failed):
             raise UserError("process 0 failed")
         try:
             yield
-        except Exception:
+        except Exception as error:
             if self.leads:
                 with suppress(RuntimeError):  # of another one that has gone: this is to be told
                     self.total(failed + 1).item()  # so that they have it before this one goes
+            elif isinstance(error, UserError):
+                raise OfOneProcess(f"process {self.rank}: {error}") from error
             raise
         if self.leads:
             self.total(failed)
@@ -187,7 +194,8 @@ def join(device: str, patience: timedelta = PATIENCE) -> Iterator[World]:
     Products of float32 are taken in float32 inside, which torch does not ask of cuDNN.
 
     Raises:
-        UserError: if there is no such device here.
+        UserError: if ``device`` names none.
+        OfOneProcess: if this process has no such device.
         ProcessLost: if another process has ended or does not answer.
     """
     processes = size()
@@ -246,6 +254,6 @@ def _choose(name: str, local_rank: int) -> torch.device:
     if device.type == "cuda":
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise UserError(f"--device: no GPU {index} here, {torch.cuda.device_count()} found")
+            raise OfOneProcess(f"--device: no GPU {index} here, {torch.cuda.device_count()} found")
         return torch.device("cuda", index)
     return device

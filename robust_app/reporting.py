@@ -1,7 +1,5 @@
 """What the user sees: a live line in a terminal, plain lines elsewhere, tables."""
 
-import io
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +11,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from robust_app.errors import UserError
 from robust_app.evaluation import Errors
 from robust_app.schedules import Setting
 from robust_app.watching import Means
@@ -185,8 +182,7 @@ def shares_table(rows: Iterable[tuple[str, Errors]]) -> Table:
 class _Output(Console):
     def on_broken_pipe(self) -> None:
         """Have it told, where rich and typer would end the process without a word."""
-        sys.stdout = io.StringIO()  # Python would fail on the other at its end
-        raise UserError("standard output: closed by who read it")
+        raise OSError("standard output was closed by who read it")
 
 
 def console() -> Console:

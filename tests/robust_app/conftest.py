@@ -1,6 +1,9 @@
 """The command line as the tests call it, and a small run."""
 
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch.nn import functional as F
 from robust_app import checkpoint, cli, data, loading
 from robust_app.networks import build_network
 from robust_app.run_directory import RunDirectory
-from tests.robust_app.runs import short_config
+from tests.robust_app.runs import ONE_THREAD, QUICK, short_config
 
 
 @pytest.fixture
@@ -50,3 +53,18 @@ def digits_run(tmp_path_factory, digits):
     saved = loading.content(config, epoch=1, network=network.state_dict())
     checkpoint.save(saved, directory.best_file)
     return directory.path
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    """A short, complete run that nobody changes."""
+    folder = tmp_path_factory.mktemp("template")
+    command = [sys.executable, "-m", "robust_app", "train", *QUICK, "--run-dir", "run"]
+    subprocess.run(command, cwd=folder, env=ONE_THREAD, check=True, stdout=subprocess.DEVNULL)
+    return folder / "run"
+
+
+@pytest.fixture
+def finished_run(template, tmp_path):
+    """A directory with a short, complete run."""
+    return Path(shutil.copytree(template, tmp_path / "run"))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from robust_app.schedules import Phase, Setting
 from robust_app.session import run
 from robust_app.training import Trainer
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -137,3 +141,20 @@ def assert_same_files(one: Path, other: Path) -> None:
         for folder in (one, other)
     ]
     assert metrics[0] == metrics[1]
+
+
+# Options of short runs of the command line.
+QUICK = ("--epochs", "2", "--set", "batch_size=400", "--set", "pgd_steps=2")
+STAGES = (
+    *("--set", "epochs=2", "--set", "milestones=[]", "--set", "natural_epochs=0"),
+    *("--set", "adversarial_epochs=0", "--set", "stage_milestones=[]"),
+    *("--set", "ramp_epochs=1", "--set", "stages=2", "--set", "stage_epochs=2"),
+    *("--set", "batch_size=400", "--set", "pgd_steps=2"),
+)
+
+
+def assert_same_network(one: Path, other: Path, more: tuple[str, ...] = ()) -> None:
+    for name in ("checkpoint.pt", "best.pt", "last.pt", *more):
+        first, second = (checkpoint.load(path / name)["network"] for path in (one, other))
+        for key, value in first.items():
+            assert torch.equal(value, second[key]), (name, key)

@@ -1,14 +1,6 @@
 """The command line as its user meets it."""
 
-import dataclasses
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,34 +8,15 @@ import pytest
 import torch
 
 import mogd
-from robust_app import checkpoint, cli, recipes
-from robust_app.errors import UserError
-from robust_app.evaluation import Contradiction
+from robust_app import recipes
 from robust_app.methods import METHODS
 from robust_app.models import MODELS
 from robust_app.run_directory import RunDirectory
-from robust_app.train_command import _requested
-from robust_app.verifiers import VERIFIERS, Verdicts, Verifier
+from robust_app.verifiers import VERIFIERS
 from tests.robust_app.refusals import assert_refused
+from tests.robust_app.runs import QUICK
 
-QUICK = ("--epochs", "2", "--set", "batch_size=400", "--set", "pgd_steps=2")
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 MNIST = Path(__file__).parents[3] / "shared" / "data"
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """A short, complete run that nobody changes."""
-    folder = tmp_path_factory.mktemp("template")
-    command = [sys.executable, "-m", "robust_app", "train", *QUICK, "--run-dir", "run"]
-    subprocess.run(command, cwd=folder, env=ONE_THREAD, check=True, stdout=subprocess.DEVNULL)
-    return folder / "run"
-
-
-@pytest.fixture
-def finished_run(template, tmp_path):
-    """A directory with a short, complete run."""
-    return Path(shutil.copytree(template, tmp_path / "run"))
 
 
 def test_a_run_leaves_the_files_of_the_contract(finished_run):
@@ -96,23 +69,6 @@ def test_a_method_without_a_radius_is_not_told_to_train_at_one(robust_app):
     assert "trained at" not in out
 
 
-def test_a_reader_that_has_left_ends_a_run_with_a_word(tmp_path):
-    command = [sys.executable, "-m", "robust_app", "train", "--epochs", "9", "--run-dir", "run"]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=ONE_THREAD | {"PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout.readline().startswith("run directory")
-        process.stdout.close()
-        err = process.stderr.read()
-        assert err == "robust-app: standard output: closed by who read it\n"
-        assert process.wait() == 2
-
-
 def test_train_prints_a_line_an_epoch_and_a_table(robust_app):
     status, out, _ = robust_app("train", *QUICK)
     assert status == 0
@@ -125,274 +81,6 @@ def test_train_prints_a_line_an_epoch_and_a_table(robust_app):
 
     _, out, _ = robust_app("train", *QUICK, "--stop-after", "1")
     assert "run directory: runs/digits-2" in out
-
-
-def test_evaluate_reports_counts_that_add_up(robust_app, finished_run):
-    status, out, _ = robust_app("evaluate", finished_run, "--epsilon", "0.05", "--pgd-steps", "3")
-    assert status == 0
-    assert "ε = 0.05" in out
-    results = RunDirectory(finished_run).results()
-    assert {result["epsilon"] for result in results} == {0.1, 0.05}
-    for result in results:
-        assert result["certified"] + result["falsified"] + result["undecided"] == 360
-        assert result["standard_error"] <= result["pgd_error"] <= result["verified_error"]
-    assert results[-1]["pgd_steps"] == 3
-
-
-def test_with_an_output_the_run_is_left_as_it_is(robust_app, finished_run, tmp_path):
-    (finished_run / ".lock").unlink()
-    before = {file.name: file.read_bytes() for file in finished_run.iterdir()}
-    evaluation = ("evaluate", finished_run, "--images", "20", "--epsilon", "0.05")
-    assert robust_app(*evaluation, "--output", "errors.json")[0] == 0
-    assert {file.name: file.read_bytes() for file in finished_run.iterdir()} == before
-    found = json.loads((tmp_path / "errors.json").read_text())
-    assert (found["network"], found["dataset"]) == (str(finished_run), "digits")
-    assert robust_app(*evaluation)[0] == 0
-    kept = RunDirectory(finished_run).results()[-len(found["networks"]) :]
-    for one, other in zip(found["networks"], kept, strict=True):
-        for result in (one, other):
-            del result["shares"], result["environment"]["command"]  # seconds, and the output
-        assert one == other
-    (finished_run / "results.json").unlink()
-    for name in (".lock", "results.json", "mine.json"):
-        outcome = robust_app(*evaluation, "--output", finished_run / name)
-        assert_refused(outcome, "--output: expected a file outside of the run")
-
-
-def test_a_cascade_shows_who_decided_what(robust_app, finished_run):
-    cascade = ("--verifier", "ibp,crown-ibp", "--images", "40", "--time-limit", "5")
-    status, out, _ = robust_app("evaluate", finished_run, *cascade, "--epsilon", "0.02")
-    assert status == 0
-    assert "40 test images" in out
-    assert "verified by ibp, crown-ibp" in out
-    assert "decided by" in out
-    result = RunDirectory(finished_run).results()[-1]
-    assert result["certified"] + result["falsified"] + result["undecided"] == 40
-    assert (result["verifiers"], result["images"]) == (["ibp", "crown-ibp"], 40)
-    assert result["time_limit"] == 5
-    shares = result["shares"]
-    assert list(shares) == ["pgd", "ibp", "crown-ibp"]
-    assert shares["ibp"]["certified"] + shares["crown-ibp"]["certified"] == result["certified"]
-    left = 40 - shares["pgd"]["falsified"] - shares["ibp"]["certified"]
-    assert shares["crown-ibp"]["examples"] == left
-
-
-def test_the_complete_verifier_stops_at_its_time_limit(robust_app, finished_run):
-    pytest.importorskip("scipy")
-    options = ("--verifier", "ibp,exact", "--images", "3", "--time-limit", "1e-6")
-    status, out, _ = robust_app("evaluate", finished_run, *options, "--epsilon", "0.01")
-    assert status == 0
-    assert "verified by ibp, exact" in out
-    result = RunDirectory(finished_run).results()[-1]
-    assert (result["time_limit"], result["examples"]) == (1e-6, 3)
-    assert result["certified"] + result["falsified"] + result["undecided"] == 3
-
-
-@pytest.mark.parametrize("limit", ["inf", "nan", "0"])
-def test_a_time_limit_that_could_not_be_kept_is_refused(robust_app, finished_run, limit):
-    before = (finished_run / "results.json").read_bytes()
-    outcome = robust_app("evaluate", finished_run, "--images", "3", "--time-limit", limit)
-    assert_refused(outcome, "--time-limit: expected a positive, finite number")
-    assert (finished_run / "results.json").read_bytes() == before
-
-
-def test_a_radius_may_be_a_fraction(robust_app, finished_run):
-    assert robust_app("evaluate", finished_run, "--images", "3", "--epsilon", "8/255")[0] == 0
-    assert RunDirectory(finished_run).results()[-1]["epsilon"] == 8 / 255
-
-
-@pytest.mark.parametrize("radius", ["a", "1/0", "8/255/2", "8/", ""])
-def test_a_radius_that_is_no_number_is_refused(robust_app, finished_run, radius):
-    outcome = robust_app("evaluate", finished_run, "--images", "3", "--epsilon", radius)
-    assert_refused(outcome, "--epsilon", "expected a number, 0.1 or 8/255", repr(radius))
-
-
-@pytest.mark.parametrize("radius", ["inf", "nan", "1e9999999", "9/8"])
-def test_a_radius_out_of_range_is_refused_at_once(robust_app, finished_run, radius):
-    outcome = robust_app("evaluate", finished_run, "--images", "3", "--epsilon", radius)
-    assert_refused(outcome, "epsilon: expected a number in [0, 1]")
-
-
-def test_one_verifier_needs_no_table_of_shares(robust_app, finished_run):
-    _, out, _ = robust_app("evaluate", finished_run, "--images", "40")
-    assert "decided by" not in out
-
-
-def test_an_unsound_bound_is_no_fault_of_the_user(robust_app, finished_run, monkeypatch):
-    def everything(network, x, labels, epsilon, seconds):
-        return Verdicts(torch.ones(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=torch.bool))
-
-    monkeypatch.setitem(VERIFIERS, "ibp", Verifier("unsound", everything))
-    monkeypatch.setattr(sys, "argv", ["robust-app", "evaluate", str(finished_run)])
-    before = RunDirectory(finished_run).results()
-    with pytest.raises(Contradiction, match="not sound"):
-        cli.main()
-    assert RunDirectory(finished_run).results() == before
-
-
-def test_a_paused_run_resumes_to_the_bits_of_an_unbroken_one(robust_app, finished_run, tmp_path):
-    _, out, _ = robust_app("train", *QUICK, "--run-dir", "again", "--stop-after", "1")
-    assert "continue with: robust-app train --run-dir again --resume" in out
-    assert not (tmp_path / "again" / "results.json").exists()
-    status, _, _ = robust_app("train", "--run-dir", "again", "--resume")
-    assert status == 0
-    assert_same_network(finished_run, tmp_path / "again")
-
-
-def test_a_run_that_is_done_is_evaluated_once(robust_app, tmp_path):
-    robust_app("train", *QUICK, "--run-dir", "run", "--stop-after", "1")
-    robust_app("evaluate", "run")  # of its first epoch, as its last will be
-    robust_app("train", "--run-dir", "run", "--resume")
-    results = tmp_path / "run" / "results.json"
-    kept = results.read_bytes()
-    assert "last (epoch 2)" in RunDirectory(tmp_path / "run").results()[-1]["network"]
-    status, out, _ = robust_app("train", "--run-dir", "run", "--resume")
-    assert status == 0
-    assert "done before; its errors are in run/results.json" in out
-    assert results.read_bytes() == kept
-    directory = RunDirectory(tmp_path / "run")
-    directory.results_file.write_text(json.dumps(directory.results()[-1:]))  # of one network
-    robust_app("train", "--run-dir", "run", "--resume")
-    assert len(directory.results()) > 1
-    results.unlink()  # as where it was killed in its evaluation
-    robust_app("evaluate", "run", "--pgd-steps", "1")  # another kind
-    robust_app("train", "--run-dir", "run", "--resume")
-    steps = [entry["pgd_steps"] for entry in RunDirectory(tmp_path / "run").results()]
-    assert steps == sorted(steps)
-    assert len(set(steps)) == 2
-
-
-def test_a_start_that_trains_nothing_is_not_noted(robust_app, tmp_path):
-    robust_app("train", *QUICK, "--run-dir", "run", "--stop-after", "1")
-    made = RunDirectory(tmp_path / "run").environments()
-    again = ("train", "--run-dir", "run", "--resume", "--execution", "compile")
-    _, out, _ = robust_app(*again, "--stop-after", "1")
-    assert "paused after epoch 1" in out
-    assert "other bits" not in out
-    assert RunDirectory(tmp_path / "run").environments() == made
-    # But where the data lie, which the next start looks up there.
-    robust_app(*again, "--stop-after", "1", "--data-root", "elsewhere")
-    directory = RunDirectory(tmp_path / "run")
-    assert directory.data_root() == Path("elsewhere").resolve()
-    assert [start["execution"] for start in directory.environments()] == ["eager"] * 2
-
-
-STAGES = (
-    *("--set", "epochs=2", "--set", "milestones=[]", "--set", "natural_epochs=0"),
-    *("--set", "adversarial_epochs=0", "--set", "stage_milestones=[]"),
-    *("--set", "ramp_epochs=1", "--set", "stages=2", "--set", "stage_epochs=2"),
-    *("--set", "batch_size=400", "--set", "pgd_steps=2"),
-)
-
-
-def test_a_run_with_stages_pauses_and_resumes_anywhere(robust_app, tmp_path):
-    status, out, _ = robust_app("train", *STAGES, "--run-dir", "unbroken")
-    assert status == 0
-    for line in ("epoch 2/6  main", "epoch 3/6  stage 1", "epoch 6/6  stage 2"):
-        assert line in out
-    robust_app("train", *STAGES, "--run-dir", "paused", "--stop-after", "2")  # before stage 1
-    assert (tmp_path / "paused" / "stage-0.pt").exists()
-    robust_app("train", "--run-dir", "paused", "--resume", "--stop-after", "5")  # within stage 2
-    assert (tmp_path / "paused" / "stage-1.pt").exists()
-    assert not (tmp_path / "paused" / "stage-2.pt").exists()
-    assert not (tmp_path / "paused" / "results.json").exists()
-    assert robust_app("train", "--run-dir", "paused", "--resume")[0] == 0
-    stages = tuple(f"stage-{stage}.pt" for stage in range(3))
-    assert_same_network(tmp_path / "unbroken", tmp_path / "paused", stages)
-
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-
-
-def by_two_processes(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Status and output of a training by torchrun."""
-    command = [*TORCHRUN, "-m", "robust_app", "train", *arguments]
-    done = subprocess.run(command, cwd=folder, env=ONE_THREAD, text=True, capture_output=True)
-    return done.returncode, done.stdout, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "damage", "reason"),
-    [
-        ("environment.json", ('"data": "', '"data": "0'), "made on other data than these"),
-        ("metrics.jsonl", ('"seconds": ', '"seconds": "x", "before": '), "seconds is not a"),
-    ],
-)
-def test_what_all_processes_find_is_said_once_and_they_do_not_wait(tmp_path, file, damage, reason):
-    assert by_two_processes(tmp_path, "--epochs", "1", "--run-dir", "run")[0] == 0
-    damaged = tmp_path / "run" / file
-    damaged.write_text(damaged.read_text().replace(*damage))
-    status, out, err = by_two_processes(tmp_path, "--run-dir", "run", "--resume")
-    assert status != 0
-    (line,) = (line for line in err.splitlines() if line.startswith("robust-app: "))
-    assert reason in line
-    assert "continue with" not in out + err
-
-
-@pytest.mark.slow
-def test_a_run_of_two_processes_pauses_in_a_stage_and_resumes(tmp_path):
-    def call(*arguments: str) -> str:
-        status, out, _ = by_two_processes(tmp_path, *arguments)
-        assert status == 0
-        return out
-
-    shi = ("--set", "batch_norm=true", "--set", "ibp_initialization=true")
-    call(*STAGES, *shi, "--run-dir", "unbroken")
-    call(*STAGES, *shi, "--run-dir", "paused", "--stop-after", "3")
-    out = call("--run-dir", "paused", "--resume")
-    assert out.count("epoch 4/6  stage 1") == 1  # one process speaks
-    assert_same_network(tmp_path / "unbroken", tmp_path / "paused")
-
-
-def assert_same_network(one: Path, other: Path, more: tuple[str, ...] = ()) -> None:
-    for name in ("checkpoint.pt", "best.pt", "last.pt", *more):
-        first, second = (checkpoint.load(path / name)["network"] for path in (one, other))
-        for key, value in first.items():
-            assert torch.equal(value, second[key]), (name, key)
-
-
-def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(robust_app, tmp_path):
-    longer = ("--epochs", "25", "--set", "batch_size=400", "--set", "pgd_steps=2")
-    robust_app("train", *longer, "--run-dir", "unbroken")
-    command = [sys.executable, "-m", "robust_app", "train", *longer, "--run-dir", "killed"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL
-    ) as process:
-        metrics = tmp_path / "killed" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not metrics.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    done = checkpoint.load(tmp_path / "killed" / "checkpoint.pt")["epochs_done"]
-    assert done < 25
-
-    status, _, err = robust_app("train", "--run-dir", "killed", "--resume")
-
-    assert (status, err) == (0, "")
-    assert_same_network(tmp_path / "unbroken", tmp_path / "killed")
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
-)
-def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, number, status, word):
-    command = [sys.executable, "-m", "robust_app", "train", "--run-dir", "run"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # Whoever runs the tests in the background may have told their children to ignore Ctrl-C.
-    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, **options) as process:
-        assert process.stdout is not None
-        while "epoch" not in process.stdout.readline():
-            assert process.poll() is None
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == status, err
-    again = "continue with: robust-app train --run-dir run --resume"
-    assert f"{word}; all whole epochs are kept, {again}" in out
-    assert err == ""
-    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["epochs_done"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -509,11 +197,6 @@ def test_an_unknown_command_is_one_line_and_status_2(robust_app):
     assert_refused(robust_app("trian"), "trian")
 
 
-def test_one_process_of_many_speaks(robust_app, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert robust_app("train", "--recipe", "digit") == (2, "", "")
-
-
 def test_help_is_no_error(robust_app):
     status, out, _ = robust_app("train", "--help")
     assert status == 0
@@ -586,197 +269,12 @@ def test_a_truncated_idx_file_is_refused(robust_app, tmp_path):
     assert_refused(robust_app("train", "--recipe", "mnist-dm-small", "--data-root", "."), "mnist")
 
 
-def test_a_directory_with_anything_in_it_is_not_overwritten(robust_app, finished_run):
-    before = {file: file.read_bytes() for file in finished_run.iterdir()}
-    assert_refused(robust_app("train", *QUICK, "--run-dir", finished_run), "not empty", "--resume")
-    assert {file: file.read_bytes() for file in finished_run.iterdir()} == before
-
-
-def test_a_folder_with_other_files_is_left_as_it_is(robust_app, tmp_path):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("mine")
-    assert_refused(
-        robust_app("train", *QUICK, "--run-dir", "home"), "not empty", "there is no run in it"
-    )
-    assert [file.name for file in (tmp_path / "home").iterdir()] == ["thesis.tex"]
-
-
-def test_a_run_without_its_checkpoint_is_not_begun_anew(robust_app, finished_run):
-    (finished_run / "checkpoint.pt").unlink()
-    before = (finished_run / "metrics.jsonl").read_bytes()
-    outcome = robust_app("train", "--run-dir", finished_run, "--resume")
-    assert_refused(outcome, "checkpoint.pt", "missing")
-    assert (finished_run / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_run_killed_before_it_began_can_be_begun(robust_app, tmp_path):
-    (tmp_path / "run").mkdir()
-    for name in (".lock", "config.toml.partial"):
-        (tmp_path / "run" / name).write_text("epo")
-    assert_refused(robust_app("train", "--run-dir", "run", "--resume"), "no run here")
-    assert robust_app("train", *QUICK, "--run-dir", "run", "--stop-after", "1")[0] == 0
-
-
-def test_torchrun_continues_the_run_that_it_starts_again(robust_app, finished_run, monkeypatch):
-    again = ("train", *QUICK, "--run-dir", finished_run)
-    assert_refused(robust_app(*again), "not empty")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert robust_app(*again)[0] == 0
-    way_out = f"as far as a fork may differ: robust-app fork {finished_run} --set KEY=VALUE"
-    assert_refused(robust_app(*again, "--seed", "5"), "--resume: the run has", "seed", way_out)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    assert_refused(robust_app("train", *QUICK), "--run-dir: needed with --max-restarts")
-
-
-def printed_into(output, *arguments, processes=""):
-    """Status and standard error of a command with this standard output."""
-    command = [sys.executable, "-m", "robust_app", *arguments]
-    done = subprocess.run(
-        command,
-        env=ONE_THREAD | {"WORLD_SIZE": processes, "PYTHONUNBUFFERED": ""},
-        stdout=output,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return done.returncode, done.stderr
-
-
-OUTPUTS = [("recipes",), ("recipes", "digits"), ("--version",)]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-@pytest.mark.parametrize("processes", ["", "2"])
-@pytest.mark.parametrize("arguments", OUTPUTS)
-def test_output_that_cannot_be_written_is_one_line_and_status_2(arguments, processes):
-    with Path("/dev/full").open("w") as full:
-        told = printed_into(full, *arguments, processes=processes)
-    assert told == (2, "robust-app: cannot read or write (No space left on device)\n")
-
-
-@pytest.mark.parametrize("arguments", OUTPUTS)
-def test_output_that_nobody_reads_is_one_line_and_status_2(arguments):
-    reader, writer = os.pipe()
-    os.close(reader)
-    told = printed_into(writer, *arguments)
-    os.close(writer)
-    assert told == (2, "robust-app: standard output: closed by who read it\n")
-
-
-@pytest.mark.parametrize("to", ["&-", "/dev/full"])
-def test_what_is_wrong_has_its_status_where_it_cannot_be_said(to):
-    command = f"exec {sys.executable} -m robust_app evaluate nowhere 2>{to}"
-    done = subprocess.run(["sh", "-c", command], env=ONE_THREAD, stdout=subprocess.PIPE)
-    assert (done.returncode, done.stdout) == (2, b"")
-
-
-def test_an_npz_is_found_again_from_another_folder(robust_app, tmp_path, monkeypatch):
-    random = np.random.default_rng(0)
-    x, y = random.integers(256, size=(60, 8, 8), dtype=np.uint8), np.arange(60) % 3
-    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    arguments = ("--set", "dataset=npz:mine.npz", "--set", "held_out=10", "--set", "batch_size=25")
-    status, _, _ = robust_app("train", *QUICK, *arguments, "--run-dir", "run")
-    assert status == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert robust_app("evaluate", "../run")[0] == 0
-
-
 def test_a_bare_call_shows_the_help_and_no_empty_error(robust_app):
     _, out, err = robust_app()
     assert "train" in out + err
     assert "robust-app: \n" not in err
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "environment.json"])
-@pytest.mark.parametrize("damage", ["cut", "[1, 2]", "[{}]"])
-def test_damaged_records_are_refused_and_kept(robust_app, finished_run, name, damage):
-    whole = (finished_run / name).read_text()
-    text = whole[: len(whole) // 2] if damage == "cut" else damage
-    if damage == "[{}]" and name == "metrics.jsonl":
-        text = "{}\n"
-    (finished_run / name).write_text(text)
-    word = "damaged" if "{}" in damage else "read"
-    assert_refused(robust_app("train", "--run-dir", finished_run, "--resume"), name, word)
-    assert (finished_run / name).read_text() == text
-
-
 def test_a_home_that_nobody_has_is_refused_in_one_line(robust_app):
     outcome = robust_app("train", *QUICK, "--set", "dataset=npz:~nobody-of-that-name/x.npz")
     assert_refused(outcome, "dataset: npz:~nobody-of-that-name/x.npz: no such path")
-
-
-def test_the_data_are_looked_for_where_they_were(robust_app, tmp_path):
-    arguments = (*QUICK, "--stop-after", "1", "--run-dir", "run")
-    robust_app("train", *arguments, "--data-root", tmp_path / "data")
-    robust_app("train", "--run-dir", "run", "--resume")
-    environments = RunDirectory(tmp_path / "run").environments()
-    assert [made["data_root"] for made in environments] == [str(tmp_path / "data")] * 2
-
-
-def test_resuming_with_other_settings_is_refused(robust_app, finished_run):
-    outcome = robust_app("train", "--run-dir", finished_run, "--resume", "--seed", "7")
-    assert_refused(outcome, "seed", "0", "7")
-    outcome = robust_app("train", "--run-dir", finished_run, "--resume", "--seed", "0")
-    assert outcome[0] == 0
-
-
-def test_a_directory_in_use_is_refused(robust_app, finished_run):
-    with RunDirectory(finished_run).locked():
-        assert_refused(robust_app("train", "--run-dir", finished_run, "--resume"), "in use")
-    assert robust_app("train", "--run-dir", finished_run, "--resume")[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [
-        ("checkpoint.pt", ("train", "--resume", "--run-dir")),
-        ("last.pt", ("train", "--resume", "--run-dir")),
-        ("best.pt", ("evaluate",)),
-    ],
-)
-def test_a_damaged_file_is_refused_and_kept(robust_app, finished_run, name, command):
-    (finished_run / name).write_bytes(b"not a checkpoint")
-    assert_refused(robust_app(*command, finished_run), name, "not a checkpoint")
-    assert (finished_run / name).read_bytes() == b"not a checkpoint"
-
-
-def test_the_model_of_another_run_is_refused(robust_app, finished_run):
-    model = checkpoint.load(finished_run / "last.pt")
-    model["network"]["0.weight"] = model["network"]["0.weight"][:3].clone()
-    checkpoint.save(model, finished_run / "last.pt")
-    assert_refused(robust_app("evaluate", finished_run), "last.pt", "another network")
-
-
-def test_evaluate_refuses_what_it_cannot_use(robust_app, finished_run):
-    before = RunDirectory(finished_run).results()
-    assert_refused(robust_app("evaluate", "nowhere"), "nowhere", "no run here")
-    assert_refused(robust_app("evaluate", finished_run, "--verifier", "ipb"), "ipb", "'ibp'")
-    assert_refused(robust_app("evaluate", finished_run, "--epsilon", "-1"), "epsilon", "-1")
-    outcome = robust_app("evaluate", finished_run, "--verifier", "ibp,crwon")
-    assert_refused(outcome, "crwon", "'crown'")
-    outcome = robust_app("evaluate", finished_run, "--images", "361")
-    assert_refused(outcome, "images", "360", "361")
-    assert_refused(robust_app("evaluate", finished_run, "--images", "0"), "--images")
-    assert_refused(robust_app("evaluate", finished_run, "--time-limit", "-1"), "time", "-1")
-    assert RunDirectory(finished_run).results() == before
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_that_cannot_be_written_is_refused(robust_app, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    assert_refused(robust_app("train", *QUICK, "--run-dir", "locked/run"), "cannot be written")
-
-
-def test_a_run_directory_that_is_a_file_is_refused(robust_app, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    assert_refused(robust_app("train", *QUICK, "--run-dir", "file"), "file", "not a folder")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_resumed_run_may_have_what_it_does_not_read_as_it_is_stored():
-    setting = "crown_share=[1, 0.5]"
-    stored = dataclasses.replace(recipes.load("digits"), crown_share=(1.0, 0.5))
-    assert _requested(stored, "digits", [setting], None, None) == stored
-    assert _requested(stored, None, ["crown_share=[1, 0]"], None, None) != stored
-    with pytest.raises(UserError, match="crown_share"):
-        _requested(None, "digits", [setting], None, None)

@@ -1,5 +1,6 @@
 """Many processes reach what one reaches on the joined batch."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from robust_app import data, divergence
 from robust_app.config import Config
-from robust_app.distributed import ProcessLost, World, join
+from robust_app.distributed import OfOneProcess, ProcessLost, World, join
 from robust_app.errors import UserError
 from robust_app.methods import METHODS
 from robust_app.reporting import Silent, watcher
@@ -127,6 +128,13 @@ def _train_in_parallel(rank: int, size: int, folder: Path, kinds: list[str]) -> 
         reason = "missing" if world.leads else "process 0 failed"
         with pytest.raises(UserError, match=reason), world.leader_first():
             raise UserError("missing")  # none waits for one that has left, or tries it too
+        with contextlib.ExitStack() as stack:
+            if not world.leads:
+                told = f"^process {rank}: missing$"
+                stack.enter_context(pytest.raises(OfOneProcess, match=told))
+            with world.leader_first():
+                if not world.leads:
+                    raise UserError("missing")
         found = {}
         for kind in kinds:
             made = trainer(kind, world)

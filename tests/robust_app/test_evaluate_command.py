@@ -1,4 +1,4 @@
-"""``robust-app evaluate`` of networks from elsewhere; that of runs is in test_cli.py."""
+"""``robust-app evaluate`` of networks from elsewhere; that of runs is in test_evaluate_run.py."""
 
 import json
 import os

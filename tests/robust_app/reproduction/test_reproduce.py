@@ -22,6 +22,7 @@ from robust_app.reproduction.plan import Settings
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 from tests.robust_app.refusals import assert_refused
+from tests.robust_app.runs import ONE_THREAD, TORCHRUN
 
 ONE_ROW = ("--models", "table-f-a", "--methods", "crown-ibp", "--epsilons", "0.2")
 TINY = ("--epochs-scale", "0.01")  # 2 epochs of one step
@@ -231,6 +232,33 @@ def test_a_run_that_fails_does_not_stop_the_others(reproduce, finished, mnist):
     assert "mnist-table-f-a-advibp-0.4-paper-x0.01-seed0" in outcome[1]
     other = RunDirectory(finished / "mnist-table-f-a-advibp-0.4-paper-x0.01-seed0")
     assert other.results()
+
+
+def test_a_reader_that_has_left_ends_all_runs(mnist, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    rows = ("--models", "table-f-a", "--epsilons", "0.2")
+    command = [sys.executable, "-m", "robust_app", "reproduce", "table-3", *rows, *TINY]
+    command += ["--out", str(tmp_path / "out"), "--data-root", str(mnist)]
+    done = subprocess.run(command, env=ONE_THREAD, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+    assert b"standard output was closed" in done.stderr
+    assert len([path for path in (tmp_path / "out").iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.slow
+def test_damage_that_all_processes_find_is_said_once(finished, mnist):
+    run = RunDirectory(finished / RUN)
+    run.results_file.unlink()
+    run.last_file.write_bytes(b"damaged")
+    command = [*TORCHRUN, "-m", "robust_app", "reproduce", "table-3", *ONE_ROW, *TINY]
+    command += ["--out", str(finished), "--data-root", str(mnist)]
+    done = subprocess.run(command, env=ONE_THREAD, text=True, capture_output=True)
+    assert done.returncode != 0
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("robust-app: "))
+    assert "not a checkpoint" in line
 
 
 @pytest.mark.parametrize(
