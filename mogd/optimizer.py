@@ -17,13 +17,13 @@ from mogd.arguments import as_priority, as_rule, decays, make_base
 from mogd.bisector_projection import BisectorProjection
 from mogd.closure import MICRO_BATCHES, check_gradient, needs_closure, reevaluation
 from mogd.gradients import LossGradients, known_number
-from mogd.moments import Moments
 from mogd.nonfinite import Guard
+from mogd.past import Past
 from mogd.priority import Fixed, Priority
 from mogd.record import Record
 from mogd.rules import Rule
 from mogd.taken import Taken
-from mogd.weigh_by import check_reached, some_of
+from mogd.weigh_by import some_of
 from mogd.wrapper import Wrapper
 
 
@@ -91,16 +91,14 @@ class UnbiasedMultiGradient(Wrapper):
     ) -> None:
         self.rule, self.priority = rule, priority
         super().__init__(make_base(params, base, base_options))
-        self._moment_decay = decays(moment_decay)
+        self._past = Past(decays(moment_decay), some_of(self._parameters(), weigh_by))
         self.distributed = True
         self.last = None
-        self._moments: Moments | None = None
         self._guard = Guard(nonfinite)
         self._accumulating = False
         self._pending: LossGradients | None = None  # micro-batches not yet combined
         self._keep: Tensor | bool = True  # may the base step; a tensor to keep it on the device
         self._taken = Taken()
-        self._weigh_by = some_of(self._parameters(), weigh_by)
 
     @property
     def rule(self) -> Rule:
@@ -123,12 +121,12 @@ class UnbiasedMultiGradient(Wrapper):
     @property
     def weigh_by(self) -> frozenset[Tensor] | None:
         """The parameters whose gradients the weights come from; None for all."""
-        return self._weigh_by
+        return self._past.weigh_by
 
     @property
     def moment_decay(self) -> tuple[float, float]:
         """β₁ of the gradients and β₂ of their norms."""
-        return self._moment_decay
+        return self._past.decay
 
     @property
     def nonfinite(self) -> str:
@@ -186,12 +184,7 @@ class UnbiasedMultiGradient(Wrapper):
             if shared and number is not None:
                 parallel.agree_on_number(number)  # else backward passes would wait for each other
             collected.add(losses, self._parameters(), scaler)
-            if self._moments is not None and self._moments.losses != len(collected.losses):
-                raise ValueError(
-                    f"losses must be {self._moments.losses} as before, or as in the state that was "
-                    f"loaded, got {len(collected.losses)}: for others make a new optimizer, whose "
-                    "base may load the state of this one's"
-                )
+            self._past.check_number(len(collected.losses))
             if shared and number is None:
                 parallel.agree_on_number(len(collected.losses))
         except BaseException:
@@ -299,29 +292,16 @@ class UnbiasedMultiGradient(Wrapper):
         return f"{type(self).__name__}({own}, base={self.base!r})"
 
     def _added_state(self) -> dict[str, Any]:
-        moments = self._moments
-        return {
-            "moments": None if moments is None else moments.state_dict(self._parameters()),
-            "moment_decay": list(self.moment_decay),
-            "skipped": self.skipped,
-        }
+        return self._past.state_dict(self._parameters()) | {"skipped": self.skipped}
 
     def _from_added_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        moments, betas = state_dict["moments"], decays(state_dict["moment_decay"])
-        if moments is not None:
-            moments = Moments.from_state_dict(moments, betas, self._parameters(), self._device())
-            if self._weigh_by is not None and not self._weigh_by.issuperset(moments.parameters):
-                raise ValueError(
-                    "state_dict['moments'] has parameters that are not in weigh_by: "
-                    "the state is of another weigh_by"
-                )
+        past = self._past.loaded(state_dict, self._parameters(), self._device())
         taken = Taken()
         taken.note(self._parameters())  # what there is was of the state before
         guard = Guard(self._guard.policy)
         guard.skipped = torch.tensor(int(state_dict["skipped"]), device="cpu")
         return {
-            "_moment_decay": betas,
-            "_moments": moments,
+            "_past": past,
             "_guard": guard,
             "_pending": None,
             "_keep": True,
@@ -329,10 +309,10 @@ class UnbiasedMultiGradient(Wrapper):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "_moment_decay", "distributed", "last", "_rule", "_priority", "_moments")
-        others = ("_guard", "_pending", "_keep", "_weigh_by")
+        own = ("_rule", "_priority", "_past", "_guard", "_pending", "_keep")
+        state = {name: vars(self)[name] for name in ("base", "distributed", "last", *own)}
         # A copy that is made inside accumulate() is not inside of it itself.
-        return {name: vars(self)[name] for name in names + others} | {"_accumulating": False}
+        return state | {"_accumulating": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -341,18 +321,18 @@ class UnbiasedMultiGradient(Wrapper):
 
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         """Weigh by the past, take in the present, combine (Algorithm 1)."""
-        check_reached(collected.gradients, self._weigh_by)
+        self._past.check_reached(collected.gradients)
         device = self._device()
         present = Present.of(collected, scaler, device)
         if self.distributed and parallel.world_size() > 1:
             present = replace(present, losses=self._agreed_losses(present))
-        past = self._moments or Moments(self.moment_decay, len(present.losses), device)
-        self.last, keep = weigh(present, past, self.rule, self.priority, self._guard)
+        moments = self._past.of(len(present.losses), device)
+        self.last, keep = weigh(present, moments, self.rule, self.priority, self._guard)
         mask = keep if isinstance(keep, Tensor) else None
         if keep is not False:
-            past.keep_only(self._parameters())
-            take_in(present, past, self._weigh_by, mask)
-            self._moments = past
+            moments.keep_only(self._parameters())
+            take_in(present, moments, self._past.weigh_by, mask)
+            self._past.moments = moments
         if scaler is not None:  # it looks for what overflowed
             leave(present, self.last.factors, None)
         elif keep is not False:

@@ -29,20 +29,6 @@ def some_of(
     return frozenset(chosen)
 
 
-def check_reached(gradients: Sequence[Gradients], chosen: frozenset[Tensor] | None) -> None:
-    """Check that each of K losses has a gradient to be weighed by; None is for all parameters.
-
-    Raises:
-        ValueError: if one has none, which the rule would take for a gradient of 0.
-    """
-    for index, of_loss in enumerate(gradients):
-        if chosen is not None and chosen.isdisjoint(of_loss):
-            raise ValueError(
-                f"losses[{index}] reaches none of the parameters in weigh_by: "
-                "there is no gradient to weigh it by"
-            )
-
-
 def restricted(
     gradients: Sequence[Gradients], chosen: frozenset[Tensor], device: torch.device
 ) -> tuple[list[Gradients], Tensor]:

@@ -49,9 +49,9 @@ class OwnBatch(UnbiasedMultiGradient):
 
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         device = self._device()
-        self._moments = Moments((0.0, 0.0), len(collected.losses), device)
+        self._past.moments = Moments((0.0, 0.0), len(collected.losses), device)
         norms = torch.stack([norm(gradients, device) for gradients in collected.gradients])
-        self._moments.update(collected.gradients, norms)
+        self._past.moments.update(collected.gradients, norms)
         return super()._apply(collected, scaler)
 
 
