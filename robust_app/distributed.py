@@ -49,6 +49,11 @@ class World:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this process computes on a GPU."""
+        return self.device.type == "cuda"
+
     def share(self, batch: Tensor) -> Tensor:
         """This process's part of a batch, every ``size``-th row: ``(batch / size, ...)``."""
         return batch[self.rank :: self.size]
@@ -57,7 +62,7 @@ class World:
         """The module with its gradients averaged over the processes."""
         if self.size == 1:
             return objective
-        devices = [self.device] if self.device.type == "cuda" else None
+        devices = [self.device] if self.on_gpu else None
         with warnings.catch_warnings():
             # The newest torch would have broadcast_buffers by a name that older ones do not know.
             warnings.simplefilter("ignore", FutureWarning)

@@ -69,7 +69,6 @@ class Stage:
             stationarity,
         )
         rule = self.method.rule or methods.constant_weights
-        on_gpu = world.device.type == "cuda"
         self.optimizer = UnbiasedMultiGradient(
             parameter_groups(trained, config.reference_fan_in if number == 0 else 0.0),
             torch.optim.Adam,
@@ -80,8 +79,8 @@ class Stage:
             nonfinite="skip",  # what was skipped is looked for here
             weigh_by=[next(trained.parameters())] if config.authors_weights else None,
             # The implementation that does not wait for the device.
-            fused=on_gpu,
-            capturable=on_gpu and execution.captures,
+            fused=world.on_gpu,
+            capturable=world.on_gpu and execution.captures,
         )
 
     def step(

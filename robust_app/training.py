@@ -94,10 +94,6 @@ class Trainer:
         """Of the layers that train now."""
         return self.stage.optimizer
 
-    @property
-    def _on_gpu(self) -> bool:
-        return self.world.device.type == "cuda"
-
     def state_dict(self) -> dict[str, Any]:
         """All that changes from epoch to epoch."""
         return {
@@ -151,10 +147,10 @@ class Trainer:
             batch_norm.freeze_first(self.network, now.first_batch_norm_frozen)
             with precision.products_in(self.config.precision):
                 report = self.run_step(now, x, labels, start)
-            if not self._on_gpu:  # to look there would be to wait
+            if not self.world.on_gpu:  # to look there would be to wait
                 self._check_steps(epoch, steps)
             means.add(report)
-            watcher.batch(epoch, number + 1, steps, now, Means() if self._on_gpu else means)
+            watcher.batch(epoch, number + 1, steps, now, Means() if self.world.on_gpu else means)
         averages = means.read(over=parallel.average)
         self._check_steps(epoch, steps)
         self._estimate_statistics()
