@@ -145,9 +145,9 @@ class UnbiasedMultiGradient(Wrapper):
         """Differentiate each loss and leave the weighted gradient in the parameters' ``.grad``.
 
         What ``.grad`` held before is replaced. A warning says so of a gradient that is newer than
-        the last ``step`` or ``zero_grad`` (without a scaler, which may leave out steps); what was
-        added in place to an older one is not seen. Leaves other than the parameters get their own
-        ``.grad`` as usual.
+        the last ``step`` or ``zero_grad``, or on the CPU was changed in place since, unless it is
+        zero there (without a scaler, which may leave out steps). Leaves other than the parameters
+        get their own ``.grad`` as usual.
 
         Args:
             losses: K scalar tensors. An iterator is consumed one loss at a time, each graph freed

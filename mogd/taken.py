@@ -4,7 +4,10 @@ import warnings
 import weakref
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
+
+from mogd.shards import local
 
 LOST_GRADIENT = """\
 backward() replaces what .grad holds, along which this optimizer took no step: gather \
@@ -13,23 +16,41 @@ between two backward()"""
 
 
 class Taken:
-    """The gradients that may be replaced: a step was taken along them, or they were set to zero.
+    """The gradients that may be replaced: a step was taken along them, or they are zero.
 
-    They are told by identity and not kept alive: what a plain ``backward`` adds to one in place
-    is not seen.
+    They are told by identity, and not kept alive. What is added to one in place, and zeros that
+    others write, are seen on the CPU alone: elsewhere looking would wait for the device.
     """
 
     def __init__(self) -> None:
-        self._gradients: list[weakref.ref[Tensor]] = []
+        self._versions: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def note(self, parameters: Iterable[Tensor]) -> None:
         """Those that the parameters have now."""
         gradients = (parameter.grad for parameter in parameters)
-        self._gradients = [weakref.ref(gradient) for gradient in gradients if gradient is not None]
+        self._versions = {
+            id(gradient): (weakref.ref(gradient), _version(gradient))
+            for gradient in gradients
+            if gradient is not None
+        }
 
     def warn_of_others(self, parameters: Iterable[Tensor]) -> None:
-        """Warn if the parameters have any that was not noted."""
-        taken = {id(reference()) for reference in self._gradients}
+        """Warn if the parameters have any that may not be replaced."""
         gradients = (parameter.grad for parameter in parameters)
-        if any(gradient is not None and id(gradient) not in taken for gradient in gradients):
+        if any(gradient is not None and self._is_lost(gradient) for gradient in gradients):
             warnings.warn(LOST_GRADIENT, stacklevel=5)  # who calls backward, past its decorator
+
+    def _is_lost(self, gradient: Tensor) -> bool:
+        reference, version = self._versions.get(id(gradient), (None, 0))
+        noted = reference is not None and reference() is gradient
+        here = local(gradient)
+        if not here.is_cpu:
+            return not noted
+        changed = not noted or _version(gradient) != version
+        return changed and (here.layout is not torch.strided or bool(here.any()))
+
+
+def _version(gradient: Tensor) -> int:
+    """How often it was changed in place; torch does not count this in inference mode."""
+    here = local(gradient)
+    return 0 if here.is_inference() else here._version

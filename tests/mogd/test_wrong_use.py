@@ -243,7 +243,7 @@ def test_a_state_that_is_no_mapping_is_refused(state):
 def test_a_graph_that_the_caller_has_freed_is_told_as_that(place):
     p, optimizer = optimizer_after(CONFLICTING)
     losses = [(p**2).sum(), (p**3).sum()]
-    losses[place].backward()
+    torch.autograd.grad(losses[place], p)
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match=rf"losses\[{place}\] has a graph .* make the losses"):
         optimizer.backward(losses)
@@ -332,10 +332,19 @@ def clear_by_hand(p, _):
     p.grad = None
 
 
+def write_zeros(p, _):
+    """As a module's ``zero_grad(set_to_none=False)``."""
+    if p.grad is not None:
+        p.grad.zero_()
+
+
 PENALTIES = {
     "before the first": lambda p, optimizer: None,
     "after zero_grad": lambda p, optimizer: optimizer.zero_grad(),
     "after the module's zero_grad": clear_by_hand,
+    "after a step, in place": lambda p, optimizer: None,
+    "after zeros, in place": lambda p, optimizer: optimizer.zero_grad(set_to_none=False),
+    "after the module's zeros, in place": write_zeros,
     "between micro-batches": lambda p, optimizer: optimizer.backward(in_agreement(p)),
 }
 
@@ -358,6 +367,7 @@ SETTLED = {
     "cleared": lambda p, optimizer: optimizer.zero_grad(),
     "set to zero": lambda p, optimizer: optimizer.zero_grad(set_to_none=False),
     "stepped along, then set to zero": lambda p, optimizer: (optimizer.step(), p.grad.zero_()),
+    "set to zero by another": write_zeros,
     "cleared by hand": clear_by_hand,
     "taken back": lambda p, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
 }
@@ -373,6 +383,16 @@ def test_a_gradient_that_nothing_is_lost_of_is_replaced_silently(how):
     with optimizer.accumulate():
         optimizer.backward(in_agreement(p))
         optimizer.backward(in_agreement(p))
+    optimizer.backward(in_agreement(p))
+
+
+def test_a_gradient_of_inference_mode_may_be_stepped_along():
+    p, optimizer = optimizer_after(AGREEING)
+    with torch.inference_mode():
+        p.grad = torch.ones_like(p)
+    before = p.detach().clone()
+    optimizer.step()
+    assert_close(p.detach(), before - optimizer.param_groups[0]["lr"])
     optimizer.backward(in_agreement(p))
 
 
