@@ -83,12 +83,15 @@ def as_network(x: Tensor, network: nn.Module) -> Tensor:
     """Images in the type of the network's numbers, if these are the same images.
 
     Raises:
-        UserError: float32 does not hold them, or the network is in another type.
+        UserError: x is in another type than float32 or, where a network has no parameters, float64;
+            or the network is.
     """
     if not _is_float32(network):
         return x.double()
-    if x.dtype != torch.float32 and next(network.parameters(), None) is not None:
-        raise UserError(f"x: expected torch.float32 as the network is, found {x.dtype}")
+    has_parameters = next(network.parameters(), None) is not None
+    if x.dtype != torch.float32 and (has_parameters or x.dtype != torch.float64):
+        expected = "torch.float32 as the network is" if has_parameters else "torch.float32"
+        raise UserError(f"x: expected {expected}, found {x.dtype}")
     return x
 
 
@@ -128,18 +131,25 @@ def enclose(layer: nn.Module, box: Interval) -> Computed:
     if is_plainly(layer, nn.Sequential):
         for part in layer:
             box = enclose(part, box)
-        return Computed(box.center, box.radius, None)
+        return _of_layers(box)
     if is_plainly(layer, Residual):
         body, shortcut = enclose(layer.body, box), enclose(layer.shortcut, box)
         total = Interval(body.center + shortcut.center, body.radius + shortcut.radius)
-        error = rounded(1, body.magnitude + shortcut.magnitude)
-        return _computed(total, error)
+        return _of_layers(_computed(total, rounded(1, body.magnitude + shortcut.magnitude)))
     computed = _computed(propagate(layer, box), rounding_error(layer, box))
     # What may be infinite or no number may come out of a layer as anything, also within its range.
     finite = (box.center.isfinite() & box.radius.isfinite()).flatten(1).all(1)
     if not bool(finite.all()):
         computed.radius[~finite] = torch.nan
     return computed
+
+
+def _of_layers(box: Interval) -> Computed:
+    """Of a layer made of layers, which round one after the other.
+
+    What it computes and what it is in real numbers are both in the box: no more is known.
+    """
+    return Computed(box.center, box.radius, 2 * box.radius)
 
 
 def _computed(box: Interval, error: Tensor | None) -> Computed:

@@ -25,8 +25,10 @@ class Rule(NamedTuple):
 
 
 def _within(value: object, low: float, high: float) -> bool:
-    """Whether value is a number in [low, high]; neither a bool nor NaN is one."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    """Whether value is a number in [low, high]; no bool is one, nor NaN or a huge integer."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return low <= value <= high and (isinstance(value, float) or abs(value) <= sys.maxsize)
 
 
 def _whole(value: object, low: int, high: int) -> bool:

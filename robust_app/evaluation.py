@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robust_app.attacks import falsified
 from robust_app.batches import as_float
-from robust_app.precision import products_in
+from robust_app.precision import plain_float32
 from robust_app.verifiers import VERIFIERS
 
 CHUNK = 1000  # images at a time: what fits in memory on any machine
@@ -90,7 +90,7 @@ class Contradiction(Exception):
 
 
 @torch.no_grad()
-@products_in("float32")
+@plain_float32()
 def misclassified(network: nn.Module, x: Tensor, labels: Tensor) -> int:
     """How many images are misclassified as they are.
 
@@ -106,7 +106,7 @@ def misclassified(network: nn.Module, x: Tensor, labels: Tensor) -> int:
 
 
 @torch.no_grad()
-@products_in("float32")
+@plain_float32()
 def standard_and_certified(
     network: nn.Module,
     x: Tensor,
@@ -138,7 +138,7 @@ def standard_and_certified(
     return counts
 
 
-@products_in("float32")
+@plain_float32()
 def evaluate(
     network: nn.Module,
     x: Tensor,

@@ -91,9 +91,11 @@ def decide(
             bounds that take longer finish.
 
     Raises:
-        UserError: SciPy is not installed.
+        UserError: SciPy is not installed; see also :func:`~robust_app.certificates.as_network` and
+            :func:`~robust_app.certificates.in_float64`.
         UnsupportedLayer: a layer that ``crown`` cannot relax.
-        ValueError: the image is not in [0, 1], or the label is no class of the network.
+        ValueError: the image is not in [0, 1], the radius below 0 or NaN, or the label no class of
+            the network.
 
     >>> decide(nn.Identity(), torch.tensor([0.7, 0.4]), 0, 0.1, time_limit=10.0)
     Decision(verdict=<Verdict.CERTIFIED: 'certified'>, counterexample=None)

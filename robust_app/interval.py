@@ -104,7 +104,7 @@ class Computed(Interval):
 
     Attributes:
         error: how far its values may be from what the layer before makes, in real numbers, of the
-            computed values before it, entries >= 0; None for no distance. The box contains it.
+            computed values before it, entries >= 0; None for no distance. The box contains both.
     """
 
     error: Tensor | None

@@ -153,16 +153,18 @@ def _sums_of_products(
 @_RULES.of(nn.AvgPool2d)
 def _average(layer: nn.AvgPool2d, box: Interval) -> Tensor:
     height, width = _pair(layer.kernel_size)
-    return _mean(layer, box, height * width)
+    return _mean(layer, box, height * width, layer.divisor_override or height * width)
 
 
 @_RULES.of(nn.AdaptiveAvgPool2d)
 def _adaptive_average(layer: nn.AdaptiveAvgPool2d, box: Interval) -> Tensor:
-    return _mean(layer, box, box.center.shape[-2] * box.center.shape[-1])
+    pixels = box.center.shape[-2] * box.center.shape[-1]
+    return _mean(layer, box, pixels, pixels)
 
 
-def _mean(layer: nn.Module, box: Interval, pixels: int) -> Tensor:
-    return rounded(pixels + 1, layer(box.magnitude) * pixels) / pixels
+def _mean(layer: nn.Module, box: Interval, pixels: int, divisor: int) -> Tensor:
+    """Of a sum of so many pixels at most, over so much at most."""
+    return rounded(pixels + 1, layer(box.magnitude) * divisor) / divisor
 
 
 @_RULES.of(Normalize)

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from robust_app import documents
 from robust_app.checkpoint import replacing
 from robust_app.config import Config
-from robust_app.errors import UserError, reason
+from robust_app.errors import UserError, reason, shown
 from robust_app.metrics import SHOWN
 
 METRICS = ("standard_error", "verified_error", "seconds")  # what is read of an epoch's metrics
@@ -106,7 +106,11 @@ class RunDirectory:
         _write(self.config_file, config.to_toml())
 
     def origin(self) -> list[dict[str, Any]]:
-        """The runs that a fork comes from, the first one first; none of a run that is no fork."""
+        """The runs that a fork comes from, the first one first; none of a run that is no fork.
+
+        Raises:
+            UserError: if the file is damaged; so do those below that read one.
+        """
         kinds = {"run": str, "epochs": int, "config": str}
         found = _read_list(self.origin_file, kinds)
         for entry in found:
@@ -217,7 +221,8 @@ def next_free(parent: Path, name: str) -> Path:
         while (path := parent / f"{name}-{number}").exists():
             number += 1
     except OSError as error:
-        raise UserError(f"--run-dir: needed, {path.name} is no name ({reason(error)})") from error
+        found = f"no folder can be called {shown(path.name)} ({reason(error)})"
+        raise UserError(f"--run-dir: needed, for {found}") from error
     return path
 
 

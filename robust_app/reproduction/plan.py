@@ -1,13 +1,14 @@
 """From the rows of a table of the paper to training runs and evaluations; nothing is run here."""
 
 import dataclasses
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
 from robust_app import models, overrides, recipes
 from robust_app.config import Config
-from robust_app.errors import UserError
+from robust_app.errors import UserError, shown, unknown
 from robust_app.examination import Examination
 from robust_app.reproduction import paper
 from robust_app.reproduction.paper import Row, Table
@@ -38,7 +39,7 @@ class Settings:
         families = [family for family in recipes.families() if family.name in datasets]
         known = list(dict.fromkeys(c for f in families for c in f.choices("schedule")))
         if self.schedule not in known:
-            raise UserError(f"unknown schedule {self.schedule!r}; there are {', '.join(known)}")
+            raise unknown("schedule", self.schedule, known)
         if not 0 < self.epochs_scale <= 1000:
             raise UserError(
                 f"--epochs-scale: expected a number above 0 and at most 1000, "
@@ -50,17 +51,19 @@ def parse_seeds(texts: Iterable[str]) -> tuple[int, ...]:
     """Seeds as the command line has them.
 
     Raises:
-        UserError: one is not an integer of at least 0, or there twice.
+        UserError: one is not an integer of at least 0, of 64 bits, or there twice.
 
     >>> parse_seeds(["0", "1"])
     (0, 1)
     """
     found = tuple(texts)
-    if not all(text.isascii() and text.isdigit() for text in found):
-        raise UserError(f"--seeds: expected integers of at least 0, found {','.join(found)}")
+    told = shown(",".join(found))
+    most = len(str(sys.maxsize))  # digits; a number of very many cannot be read
+    if not all(text.isascii() and text.isdigit() and len(text) <= most for text in found):
+        raise UserError(f"--seeds: expected integers of at least 0, of 64 bits, found {told}")
     seeds = tuple(map(int, found))
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds: expected different ones, found {','.join(found)}")
+        raise UserError(f"--seeds: expected different ones, found {told}")
     return seeds
 
 
@@ -165,8 +168,11 @@ def _tasks_of(table: Table, row: Row, settings: Settings) -> list[Task]:
     recipe = _load(name)
     config = _scaled(recipe, settings.epochs_scale)
     by_stage = "stages" in table.networks
-    if settings.stages is not None or by_stage:
-        config = dataclasses.replace(config, stages=settings.stages or _all_stages(row.model))
+    stages = settings.stages
+    if stages is None and by_stage:
+        stages = _all_stages(row.model)
+    if stages is not None:
+        config = dataclasses.replace(config, stages=stages)
     networks = table.networks
     if by_stage:
         networks = tuple(f"stage-{stage}" for stage in range(config.stages + 1))

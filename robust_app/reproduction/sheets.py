@@ -242,7 +242,8 @@ def stage_errors(found: Sequence[Measurement]) -> list[float]:
 
 
 def percent(error: float | None) -> str:
-    """
+    """An error with two decimals, – for none.
+
     >>> percent(4.1), percent(None)
     ('4.10', '–')
     """

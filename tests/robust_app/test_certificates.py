@@ -18,13 +18,14 @@ from robust_app.certificates import (
     in_float64,
     margin_errors,
 )
-from robust_app.crown import crown_ibp
+from robust_app.crown import alpha_crown, crown_ibp
 from robust_app.errors import UserError
 from robust_app.exact import decide
 from robust_app.interval import Interval
 from robust_app.layer_rules import UnsupportedLayer, flattened
-from robust_app.layers import Normalize, Residual
+from robust_app.layers import ElementwiseAffine, Normalize, Residual
 from robust_app.margins import margin_bounds
+from robust_app.pullback import pull_back, pull_back_affine
 from robust_app.verifiers import VERIFIERS
 from tests.robust_app.networks import linear
 
@@ -174,6 +175,55 @@ def test_the_sum_of_two_branches_is_rounded(small, dtype):
     box = enclose(layer, Interval(one.to(dtype), torch.zeros(1, 1, dtype=dtype)))
     assert holds(box, layer(one))
     assert box.radius.item() < 1e-4
+
+
+class Branches(Residual):
+    """Affine branches, which a user may have linear relaxation take."""
+
+
+pull_back.register(Branches)(pull_back_affine)
+
+
+def test_what_branches_round_is_no_proof_by_linear_relaxation():
+    """As :func:`rounding_network` with 2.5: real numbers are robust, float32's are not."""
+    offset = 2.0**24
+    body = nn.Sequential(linear([[4.0]], [offset]), linear([[1.0], [0.0]], [-offset, 0.0]))
+    network = nn.Sequential(Branches(body, linear([[0.0], [0.0]], [0.0, 2.5]))).eval()
+    x, label = torch.tensor([[0.75]]), torch.tensor([0])
+    with torch.no_grad():
+        assert network(x).argmax(1) == 0
+        assert network(torch.tensor([[0.74]])).argmax(1) == 1
+    for verifier in (crown_ibp, alpha_crown):
+        assert not verifier(network, x, label, 0.01)
+
+
+def test_branches_that_are_far_apart_are_proved_by_linear_relaxation():
+    branches = Branches(linear([[1.0, -1.0], [0.0, 0.0]], [0.0, 0.0]), nn.Identity())
+    network = nn.Sequential(branches, linear([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0])).eval()
+    x, label = torch.tensor([[0.9, 0.1]]), torch.tensor([0])  # 2 x₁ - x₂ and x₂
+    assert crown_ibp(network, x, label, 0.1)
+
+
+@pytest.mark.parametrize("verifier", [certified, crown_ibp])
+@pytest.mark.parametrize("divisor", [4, 1000])
+def test_a_sum_that_overflows_before_it_is_divided_proves_nothing(verifier, divisor):
+    scale = torch.full((2, 2, 2), 1e38)
+    scale[1] = 1.25e38
+    pooling = nn.AvgPool2d(2, divisor_override=divisor)
+    network = nn.Sequential(ElementwiseAffine(scale, torch.zeros(2, 2, 2)), pooling, nn.Flatten())
+    x = torch.tensor([0.84, 0.9]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
+    with torch.no_grad():
+        assert network(x + 0.019).isinf().any()
+    assert not verifier(network.eval(), x, torch.tensor([1]), 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64])
+@pytest.mark.parametrize("verifier", [certified, crown_ibp])
+def test_images_of_another_type_are_refused_without_parameters_too(verifier, dtype):
+    network = nn.Sequential(nn.AvgPool2d((1, 2)), nn.Flatten())
+    x, label = torch.ones(1, 2, 1, 2).to(dtype), torch.tensor([0])
+    with pytest.raises(UserError, match=f"^x: expected torch.float32, found {dtype}"):
+        verifier(network, x, label, 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -116,6 +116,7 @@ def test_numbers_and_lists_take_the_type_of_their_field():
         ("learning_rate", 1e31, "a number above 0, up to 1e30"),
         ("learning_rate", math.inf, "a number above 0, up to 1e30"),
         ("learning_rate", 10**400, "a number above 0, up to 1e30"),
+        ("gradient_clip", 10**400, "a number above 0, or inf"),
         ("milestones", 30, "a list of at most 1000 numbers from 0 to 3.4e38"),
         ("milestones", [30, -1], "a list of at most 1000 numbers from 0 to 3.4e38"),
         ("milestones", [math.inf], "a list of at most 1000 numbers from 0 to 3.4e38"),

@@ -13,7 +13,7 @@ from robust_app.batch_norm import BatchNorm
 from robust_app.bounds import propagate
 from robust_app.distributed import join
 from robust_app.errors import UserError
-from robust_app.evaluation import evaluate, standard_and_certified
+from robust_app.evaluation import evaluate, misclassified, standard_and_certified
 from robust_app.folding import merged
 from robust_app.interval import Interval
 from robust_app.layer_rules import flattened
@@ -91,6 +91,20 @@ def test_whatever_measures_takes_products_in_float32():
         for verifier in VERIFIERS.values():
             verifier.decide(network, x, labels, 0.1, 1.0)
     assert set(seen) == {("ieee",) * 4}
+
+
+@torch.no_grad()
+def test_what_autocast_would_round_is_evaluated_as_it_is_verified():
+    """Two logits that are one number in bf16."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(1, 2)).eval()
+    network[1].weight.copy_(torch.tensor([[1.0], [1.001]]))
+    network[1].bias.zero_()
+    x, labels = torch.ones(1, 1, 1, 1), torch.tensor([1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert misclassified(network, x, labels) == 0
+        assert standard_and_certified(network, x, labels, 0.0).tolist() == [0, 1]
+        errors = evaluate(network, x, labels, 0.0, pgd_steps=1, pgd_restarts=1, seed=0)
+    assert (errors.misclassified, errors.certified) == (0, 1)
 
 
 def test_processors_take_no_products_in_bf16():

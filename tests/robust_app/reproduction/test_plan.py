@@ -108,6 +108,12 @@ def test_only_rows_that_are_asked_for_need_as_many_layers():
         check_stages(whole, settings)
 
 
+@pytest.mark.parametrize("table", ["figure-a", "table-4"])
+def test_stages_may_be_none(table):
+    rows = paper.select(paper.find(table), ["dm-small"], ["0.3"], ["advibp"])
+    assert {task.run.config.stages for task in tasks(rows, Settings(stages=0))} == {0}
+
+
 def test_stages_may_be_fewer():
     table = paper.select(paper.find("figure-a"), ["dm-small"], ["0.3"])
     [task] = tasks(table, Settings(stages=1))
@@ -132,11 +138,11 @@ def test_a_scale_out_of_range_is_refused(scale):
 
 
 def test_an_unknown_schedule_is_refused():
-    with pytest.raises(UserError, match="'quick'; there are paper, authors, short"):
+    with pytest.raises(UserError, match="'quick'; known are 'paper', 'authors', 'short'"):
         Settings("quick")
 
 
 @pytest.mark.parametrize("texts", [["-1"], ["x"], ["1.5"], ["1", "1"], ["1", "01"]])
 def test_wrong_seeds_are_refused(texts):
-    with pytest.raises(UserError, match=f"--seeds: .*found {','.join(texts)}"):
+    with pytest.raises(UserError, match=f"--seeds: .*found '{','.join(texts)}'"):
         parse_seeds(texts)
