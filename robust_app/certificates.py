@@ -147,7 +147,8 @@ def enclose(layer: nn.Module, box: Interval) -> Computed:
 def _of_layers(box: Interval) -> Computed:
     """Of a layer made of layers, which round one after the other.
 
-    What it computes and what it is in real numbers are both in the box: no more is known.
+    What it computes and what it is in real numbers are both in the box: no more is known, so that
+    linear relaxation proves no more of it than intervals do.
     """
     return Computed(box.center, box.radius, 2 * box.radius)
 
