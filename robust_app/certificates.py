@@ -95,7 +95,7 @@ def as_network(x: Tensor, network: nn.Module) -> Tensor:
     return x
 
 
-def ball(x: Tensor, epsilon: float | Tensor) -> Interval:
+def ball(x: Tensor, epsilon: float) -> Interval:
     """The float32 images that an attack may take for those within ε of x.
 
     Args:
@@ -105,11 +105,10 @@ def ball(x: Tensor, epsilon: float | Tensor) -> Interval:
     Raises:
         ValueError: ``epsilon`` is below 0 or NaN, or x is not in [0, 1].
     """
-    radius = float(epsilon)
-    if not radius >= 0:
-        raise ValueError(f"epsilon must be at least 0, got {radius}")
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon must be at least 0, got {epsilon}")
     check_images(x)  # of others, the ball within [0, 1] says nothing, or is empty
-    box = Interval.around(x, radius + ENDS)
+    box = Interval.around(x, epsilon + ENDS)
     return Interval(box.center, box.radius + SPARE[x.dtype])
 
 
@@ -181,7 +180,7 @@ def computed_margins(last: nn.Module, hidden: Interval, labels: Tensor) -> Tenso
     logits = enclose(last, hidden)
     check_labels(labels, logits.center.shape)
     if is_plainly(last, nn.Linear):  # merged with the margins, as for training
-        margins = margins_after(last, hidden, labels) - margin_errors(last, hidden, labels)
+        margins = margins_after(last, hidden, labels) - margin_errors(logits, labels)
     else:
         margins = margins_after(nn.Identity(), logits, labels)
     return _of_others(margins, labels)
@@ -215,16 +214,20 @@ def _of_others(margins: Tensor, labels: Tensor) -> Tensor:
     return margins.scatter(1, labels.unsqueeze(1), torch.inf)
 
 
-def margin_errors(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
-    """What the rounding of the last layer may take from the margins: ``(batch, classes)``."""
-    box = enclose(last, hidden)
-    errors = torch.zeros_like(box.radius) if box.error is None else box.error
+def margin_errors(logits: Computed, labels: Tensor) -> Tensor:
+    """What the rounding of the last layer may take from the margins: ``(batch, classes)``.
+
+    Args:
+        logits: what it computes, by :func:`enclose`.
+        labels: the classes y, int64 ``(batch,)``.
+    """
+    errors = torch.zeros_like(logits.radius) if logits.error is None else logits.error
     return errors.gather(1, labels.unsqueeze(1)) + errors
 
 
 @torch.no_grad()
 @plain_float32()
-def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Tensor) -> Tensor:
+def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> Tensor:
     """Whether interval bounds prove that no perturbation within ε changes the class.
 
     A theorem about the network as it is evaluated in float32, for every float32 image of the ball,
@@ -254,7 +257,7 @@ def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float | Te
     # What float32 bounds do not prove with the rounding, but would without, is near: float64 tells.
     near = (~proved).nonzero().squeeze(1)
     if len(near) > 0:
-        plain = margin_bounds(network, Interval.around(x[near], float(epsilon)), labels[near])
+        plain = margin_bounds(network, Interval.around(x[near], epsilon), labels[near])
         near = near[(_of_others(plain, labels[near]) > 0).all(1)]
     if len(near) > 0:
         box = ball(x[near].double(), epsilon)

@@ -7,83 +7,30 @@ import dataclasses
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from robust_app.errors import SettingError, UserError, shown, unknown
-from robust_app.precision import PRECISIONS
-
-
-class Rule(NamedTuple):
-    """What a field may hold: said in words, tested, and converted to the field's type."""
-
-    expectation: str
-    admits: Callable[[Any], bool]
-    convert: Callable[[Any], object]
-
-
-def _within(value: object, low: float, high: float) -> bool:
-    """Whether value is a number in [low, high]; no bool is one, nor NaN or a huge integer."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return low <= value <= high and (isinstance(value, float) or abs(value) <= sys.maxsize)
-
-
-def _whole(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and _within(value, low, high)
-
-
-def _floats(values: Iterable[float]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
-
-
-# The ends of the open ranges: the float next to 0, next to 1, and what float32 can hold.
-_TINY, _BELOW_ONE, _HUGE = math.nextafter(0, 1), math.nextafter(1, 0), 3.4e38
-_LIST = (list, tuple)
-
-TEXT = Rule(
-    "a non-empty printable string",
-    lambda v: isinstance(v, str) and v != "" and v.isprintable(),
-    str,
-)
-PRECISION = Rule("float32, tf32 or bf16", lambda v: v in PRECISIONS, str)
-SWITCH = Rule("true or false", lambda v: isinstance(v, bool), bool)
-POSITIVE_INTEGER = Rule(
-    "an integer of at least 1, of 64 bits", lambda v: _whole(v, 1, sys.maxsize), int
-)
-INTEGER = Rule("an integer of at least 0, of 64 bits", lambda v: _whole(v, 0, sys.maxsize), int)
-# More is a slip, of a user or of a file.
-ATTEMPTS = Rule("an integer from 1 to 1000000", lambda v: _whole(v, 1, 10**6), int)
-NUMBER = Rule("a number", lambda v: _within(v, -math.inf, math.inf), float)
-UNIT = Rule("a number in [0, 1]", lambda v: _within(v, 0, 1), float)
-FACTOR = Rule("a number in (0, 1]", lambda v: _within(v, _TINY, 1), float)
-POSITIVE = Rule("a number above 0, up to 3.4e38", lambda v: _within(v, _TINY, _HUGE), float)
-# In the range of floats, also times multipliers and divided by 1 - β₁ of Adam.
-RATE = Rule("a number above 0, up to 1e30", lambda v: _within(v, _TINY, 1e30), float)
-LATER = Rule("a number of at least 1, or inf", lambda v: _within(v, 1, math.inf), float)
-LIMIT = Rule("a number above 0, or inf", lambda v: _within(v, _TINY, math.inf), float)
-NONNEGATIVE = Rule("a number from 0 to 3.4e38", lambda v: _within(v, 0, _HUGE), float)
-NONNEGATIVES = Rule(
-    "a list of at most 1000 numbers from 0 to 3.4e38",  # so that a run's config.toml can be read
-    lambda v: isinstance(v, _LIST) and len(v) <= 1000 and all(_within(x, 0, _HUGE) for x in v),
-    _floats,
-)
-POSITIVE_PAIR = Rule(
-    "two numbers above 0, up to 3.4e38",
-    lambda v: isinstance(v, _LIST) and len(v) == 2 and all(_within(x, _TINY, _HUGE) for x in v),
-    _floats,
-)
-UNIT_PAIR = Rule(
-    "two numbers in [0, 1]",
-    lambda v: isinstance(v, _LIST) and len(v) == 2 and all(_within(x, 0, 1) for x in v),
-    _floats,
-)
-DECAYS = Rule(
-    "two numbers in [0, 1)",
-    lambda v: isinstance(v, _LIST) and len(v) == 2 and all(_within(x, 0, _BELOW_ONE) for x in v),
-    _floats,
+from robust_app.value_rules import (
+    ATTEMPTS,
+    DECAYS,
+    FACTOR,
+    INTEGER,
+    LATER,
+    LIMIT,
+    NONNEGATIVE,
+    NONNEGATIVES,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    POSITIVE_PAIR,
+    PRECISION,
+    RATE,
+    SWITCH,
+    TEXT,
+    UNIT,
+    UNIT_PAIR,
+    Rule,
 )
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from robust_app import examination, loading, reporting, session
 from robust_app.batches import as_float
 from robust_app.data import Dataset
-from robust_app.evaluation import Errors, misclassified
+from robust_app.error_counts import Errors
+from robust_app.evaluation import misclassified
 from robust_app.examination import Examination
 from robust_app.exchange import results
 from robust_app.run_directory import RunDirectory

@@ -3,86 +3,18 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robust_app.attacks import falsified
 from robust_app.batches import as_float
+from robust_app.error_counts import Errors, Share
 from robust_app.precision import plain_float32
 from robust_app.verifiers import VERIFIERS
 
 CHUNK = 1000  # images at a time: what fits in memory on any machine
 PATIENT_CHUNK = 20  # with verifiers that take seconds for an image: so that progress shows
-
-
-@dataclass
-class Share:
-    """What one method of a cascade decided, of the images that those before it left open.
-
-    Attributes:
-        examples: number of images it was asked about.
-        certified: images it proved.
-        falsified: images it found a wrong class for, and none before it did.
-        seconds: it took for all of them.
-    """
-
-    examples: int = 0
-    certified: int = 0
-    falsified: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Counts of one evaluation; errors in percent.
-
-    Attributes:
-        examples: number of images.
-        misclassified: images with a wrong class as they are.
-        attacked: images with a wrong class at a point that PGD found; contains the misclassified.
-        falsified: those, and images for which a verifier found such a point.
-        certified: images proved to keep the right class in their whole ball.
-        shares: what PGD and each verifier contributed, in the order in which they were asked.
-    """
-
-    examples: int
-    misclassified: int
-    attacked: int
-    falsified: int
-    certified: int
-    shares: dict[str, Share]
-
-    @property
-    def undecided(self) -> int:
-        """Images neither falsified nor certified."""
-        return self.examples - self.falsified - self.certified
-
-    @property
-    def standard_error(self) -> float:
-        """Percentage of misclassified images."""
-        return 100 * self.misclassified / self.examples
-
-    @property
-    def pgd_error(self) -> float:
-        """Percentage of attacked images, a lower bound of the robust error."""
-        return 100 * self.attacked / self.examples
-
-    @property
-    def verified_error(self) -> float:
-        """Percentage of images not certified, an upper bound of the robust error."""
-        return 100 * (self.examples - self.certified) / self.examples
-
-    def as_dict(self) -> dict[str, Any]:
-        """Counts and percentages, for JSON."""
-        return asdict(self) | {
-            "undecided": self.undecided,
-            "standard_error": self.standard_error,
-            "pgd_error": self.pgd_error,
-            "verified_error": self.verified_error,
-        }
 
 
 class Contradiction(Exception):
@@ -176,7 +108,7 @@ def evaluate(
     """
     network.eval()
     generator = torch.Generator().manual_seed(seed)  # on the CPU: see falsified
-    shares = {name: Share() for name in ("pgd", *verifiers)}
+    attack, shares = Share(), {name: Share() for name in verifiers}
     patient = tuple(verifiers) != ("ibp",)
     misclassified = attacked = broken_count = certified_count = 0
     for images, classes in _chunks(x, labels, CHUNK):
@@ -195,7 +127,7 @@ def evaluate(
         misclassified += int(wrong.sum())
         attacked += int(broken.sum())
         proved = torch.zeros_like(broken)
-        _count(shares["pgd"], proved, broken, started)
+        _count(attack, proved, broken, started)
         # A product may be rounded otherwise in a batch of another size: the attack's batches must
         # not depend on the verifiers.
         step = PATIENT_CHUNK if patient else CHUNK
@@ -214,6 +146,7 @@ def evaluate(
             on_batch(len(images[here]))
         broken_count += int(broken.sum())
         certified_count += int(proved.sum())
+    shares = {"pgd": attack, **shares}
     return Errors(len(x), misclassified, attacked, broken_count, certified_count, shares)
 
 
@@ -230,8 +163,8 @@ def _verify(
     """Ask each verifier about the images that are left; note in place what it says."""
     asked = torch.ones_like(broken)  # the first about all, as a check of the bounds
     for name, share in shares.items():
-        if name == "pgd" or not asked.any():
-            continue
+        if not asked.any():
+            break
         started = time.perf_counter()
         verdict = VERIFIERS[name].decide(network, x[asked], labels[asked], epsilon, time_limit)
         _count(share, verdict.certified, verdict.falsified & ~broken[asked], started)

@@ -14,20 +14,12 @@ from torch import Tensor, nn
 
 from robust_app.attacks import pgd
 from robust_app.certificates import as_network, ball, check_labels, in_float64
-from robust_app.crown import (
-    Problem,
-    crown_margins,
-    margin_bound,
-    optimize,
-    relax,
-    rows_at_once,
-    tighten,
-)
-from robust_app.interval import Interval, ball_ends
+from robust_app.crown_margins import crown_margins, margin_bound
+from robust_app.encoding import add_network, in_variables
+from robust_app.interval import ball_ends
 from robust_app.precision import plain_float32
 from robust_app.programming import TOLERANCE, Program
-from robust_app.pullback import LinearBound, pull_back
-from robust_app.relaxation import Trace, is_relu, rounding
+from robust_app.tightening import TIGHTEST, Problem
 
 NARROW = 1e-6
 """A ball of a smaller radius is too narrow for the solver, which takes near numbers for one."""
@@ -112,20 +104,20 @@ def decide(
     if found is not None:
         return Decision(Verdict.FALSIFIED, found)
 
-    for stage in (relax, optimize, tighten, relax, optimize):
+    for stage in TIGHTEST:
         problem = stage(problem)
         if problem.proved:
             return Decision(Verdict.CERTIFIED)
 
     if not _finite(problem) or 0 < epsilon < NARROW:
         return Decision(Verdict.UNDECIDED)
-    variables = _add_network(program, problem.trace)
+    variables = add_network(program, problem.trace)
     verdict = Verdict.CERTIFIED
     for other in problem.margins[0].argsort().tolist():  # the likeliest counterexample first
         if problem.margins[0, other] > 0:
             break
         margin = margin_bound(problem.margins, labels.unsqueeze(1), torch.tensor([[other]]))
-        terms, constant, slack = _in_variables(problem.trace, margin, variables)
+        terms, constant, slack = in_variables(problem.trace, margin, variables)
         slack = slack + problem.errors[:, other]
         answer = program.minimum_below(
             torch.cat([indices for _, indices in terms]),
@@ -147,86 +139,6 @@ def _finite(problem: Problem) -> bool:
     """Whether there are bounds to write into a program."""
     boxes = [values for _, box in problem.trace for values in (box.center, box.radius)]
     return all(bool(values.isfinite().all()) for values in (*boxes, problem.errors))
-
-
-# --- The network as constraints --------------------------------------------------------------
-
-_Terms = list[tuple[Tensor, Tensor]]
-"""Matrices, each with the indices of the variables that it multiplies: as of Program."""
-
-
-def _add_network(program: Program, trace: Trace) -> list[Tensor]:
-    """Add the network of one image.
-
-    Variables are the image, and for each neuron whose sign is open its input z, its output h and
-    whether it is active. What lies between are linear functions of these.
-
-    Returns:
-        The indices of the image's variables and of each ReLU's h.
-    """
-    box = trace[0][1]
-    variables = [program.variables(box.lower.flatten(), box.upper.flatten())]
-    for position, (layer, box) in enumerate(trace):
-        if is_relu(layer):
-            variables.append(_add_relu(program, trace[:position], variables, box))
-    return variables
-
-
-def _add_relu(program: Program, before: Trace, variables: list[Tensor], box: Interval) -> Tensor:
-    neurons = _open_signs(box)
-    lower, upper = box.lower.flatten()[neurons], box.upper.flatten()[neurons]
-    z = program.variables(lower, upper)
-    zero, one = torch.zeros_like(upper), torch.ones_like(upper)
-    h = program.variables(zero, upper)
-    active = program.variables(zero, one, integer=True)
-    # h >= z;  h <= z - lower (1 - active);  h <= upper active.
-    program.constrain([(one, h), (-one, z)], zero, one * torch.inf)
-    program.constrain([(one, h), (-one, z), (-lower, active)], -one * torch.inf, -lower)
-    program.constrain([(one, h), (-upper, active)], -one * torch.inf, zero)
-
-    values = box.center.numel()
-    at_once = rows_at_once([*before, (nn.ReLU(), box)])
-    for rows in torch.split(torch.arange(len(neurons)), at_once):
-        one_hot = torch.zeros(1, len(rows), values, dtype=lower.dtype)
-        one_hot[0, torch.arange(len(rows)), neurons[rows]] = 1
-        outputs = LinearBound(
-            one_hot.view(1, -1, *box.center.shape[1:]), one_hot.new_zeros(1, len(rows))
-        )
-        terms, constant, slack = _in_variables(before, outputs, variables)
-        slack = slack + rounding(outputs, box)[0]
-        program.constrain([*terms, (-one[rows], z[rows])], -slack - constant, slack - constant)
-    return h
-
-
-def _in_variables(
-    trace: Trace, function: LinearBound, variables: list[Tensor]
-) -> tuple[_Terms, Tensor, Tensor]:
-    """Linear functions ``(1, spec)`` of a layer's outputs, in the variables before it.
-
-    Returns:
-        Terms, a constant, and what rounding may add to them or take from them.
-    """
-    terms: _Terms = []
-    slack = torch.zeros_like(function.constant)
-    image, *hidden = variables
-    for layer, box in reversed(trace):
-        coefficients = function.coefficients
-        if is_relu(layer):
-            terms.append((coefficients.flatten(2)[0][:, _open_signs(box)], hidden.pop()))
-            function = LinearBound(coefficients * (box.lower >= 0), function.constant)
-        else:
-            function = pull_back(layer, function, box.center.shape[1:])
-        slack = slack + rounding(function, box)
-    terms.append((function.coefficients.flatten(2)[0], image))
-    return terms, function.constant[0], slack[0]
-
-
-def _open_signs(box: Interval) -> Tensor:
-    """The neurons of one image whose sign is open, flat."""
-    return ((box.lower < 0) & (box.upper > 0)).flatten().nonzero().squeeze(1)
-
-
-# --- Counterexamples -------------------------------------------------------------------------
 
 
 def _misclassified_near(

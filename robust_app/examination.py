@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from robust_app import environment, methods
-from robust_app.config import ATTEMPTS, POSITIVE, POSITIVE_INTEGER, UNIT, Config
+from robust_app.config import Config
 from robust_app.data import Dataset
+from robust_app.error_counts import Errors
 from robust_app.errors import UserError, shown
-from robust_app.evaluation import Errors, evaluate
+from robust_app.evaluation import evaluate
+from robust_app.value_rules import ATTEMPTS, POSITIVE, POSITIVE_INTEGER, UNIT
 
 _RULES = {
     "epsilon": UNIT,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robust_app.crown import crown_margins
+from robust_app.crown_margins import crown_margins
 from robust_app.interval import Interval
 from robust_app.margins import layer_inputs, margins_after
 from robust_app.regularizers import regularization

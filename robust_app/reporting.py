@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from robust_app.evaluation import Errors
+from robust_app.error_counts import Errors
 from robust_app.schedules import Setting
 from robust_app.watching import Means
 

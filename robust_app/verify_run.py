@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from robust_app import checkpoint, data, environment, examination, loading, session, verifiers
-from robust_app.config import INTEGER, NUMBER
 from robust_app.data import Dataset
 from robust_app.distributed import World
 from robust_app.epochs import held_out_errors
@@ -17,6 +16,7 @@ from robust_app.errors import UserError, shown
 from robust_app.examination import Examination
 from robust_app.metrics import best_epoch, epochs_taken_over
 from robust_app.run_directory import RunDirectory
+from robust_app.value_rules import INTEGER, NUMBER
 
 FIGURES = ("standard_error", "pgd_error", "verified_error", "certified", "falsified", "undecided")
 

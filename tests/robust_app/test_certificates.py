@@ -248,7 +248,7 @@ def test_float64_bounds_certify_what_float32_bounds_leave():
     network = linear([[1.0], [1.0]], [0.0, 0.0])
     x, label = torch.tensor([[0.5]]), torch.tensor([0])
     allowed = {
-        dtype: margin_errors(layer, ball(x.to(dtype), 0.0), label)[0, 1].item()
+        dtype: margin_errors(enclose(layer, ball(x.to(dtype), 0.0)), label)[0, 1].item()
         for dtype, layer in [(torch.float32, network), (torch.float64, in_float64(network))]
     }
     assert allowed[torch.float64] < allowed[torch.float32] / 8

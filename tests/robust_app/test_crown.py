@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_app import crown
+from robust_app import crown, tightening
 from robust_app.attacks import falsified
 from robust_app.certificates import certified
-from robust_app.crown import Problem, crown_ibp_margins, crown_margins
+from robust_app.crown_margins import crown_ibp_margins, crown_margins
 from robust_app.interval import Interval
 from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import Normalize, Residual
@@ -15,6 +15,7 @@ from robust_app.margins import margin_bounds
 from robust_app.pullback import LinearBound
 from robust_app.relaxation import adaptive_slopes, is_relu, lower_bounds
 from robust_app.slopes import ascended
+from robust_app.tightening import Problem, optimize, relax, tighten
 
 IMAGE, CLASSES = (2, 6, 5), 4
 LABELS = torch.tensor([0, 3, 1])
@@ -72,8 +73,8 @@ def linear_tightness(trace, slopes):
 def test_all_margins_and_boxes_hold_the_points_of_the_ball(seed, epsilon):
     network, _, box, start = problem(seed, epsilon)
     with torch.no_grad():
-        tight = crown.tighten(crown.relax(start))
-        stages = [start, crown.relax(start), tight, crown.relax(tight), crown.optimize(tight)]
+        tight = tighten(relax(start))
+        stages = [start, relax(start), tight, relax(tight), optimize(tight)]
         bounds = [stage.margins for stage in stages] + [crown_ibp_margins(network, box, LABELS)]
         for x in points(box):
             value = x
@@ -93,7 +94,7 @@ def test_without_perturbation_the_margins_are_exact():
         logits = network(x)
         expected = logits.gather(1, LABELS[:, None]) - logits
         torch.testing.assert_close(crown_ibp_margins(network, box, LABELS), expected)
-        assert torch.equal(crown.tighten(start).proved, start.proved)
+        assert torch.equal(tighten(start).proved, start.proved)
 
 
 @given(seed=SEEDS)
@@ -148,7 +149,7 @@ def test_tighter_on_average_than_what_went_before():
         with torch.no_grad():
             ibp = margin_bounds(network, box, LABELS)
             crown_ibp = crown_margins(start.trace, LABELS)
-            full = crown_margins(crown.tighten(start).trace, LABELS)
+            full = crown_margins(tighten(start).trace, LABELS)
         gains.append(torch.stack([(crown_ibp - ibp).mean(), (full - crown_ibp).mean()]))
     assert (torch.stack(gains).mean(0) > 0.05).all()
 
@@ -203,7 +204,7 @@ def test_margins_of_what_is_no_classifier_are_refused(network, labels, shapes):
 def test_tightened_boxes_lie_within_those_of_intervals(seed, epsilon):
     _, _, _, start = problem(seed, epsilon)
     with torch.no_grad():
-        tight = crown.tighten(start)
+        tight = tighten(start)
     for (_, inner), (_, outer) in zip(tight.trace, start.trace, strict=True):
         assert (inner.radius >= 0).all()
         assert (inner.lower >= outer.lower - 1e-9).all()
@@ -238,7 +239,7 @@ def test_optimised_slopes_reach_the_best_of_a_grid():
             for a in (0.0, 0.25, 0.5, 0.75, 1.0)
         ]
         grid.append(linear_tightness(start.trace, [adaptive_slopes(b) for b in boxes]))
-        found = crown.optimize(start).margins
+        found = optimize(start).margins
     best = torch.stack(grid).amax(0).scatter(1, LABELS[:, None], -torch.inf)
     assert (found[best < 0] >= best[best < 0]).all()
 
@@ -289,7 +290,7 @@ def test_the_batch_may_be_of_any_size(verifier, monkeypatch):
     x = torch.rand(12, *IMAGE, dtype=torch.float64)
     labels = network(x).argmax(1).index_fill(0, torch.tensor([5]), 0)
     together = verifier(network, x, labels, 0.03)
-    monkeypatch.setattr(crown, "ELEMENTS", 1)
+    monkeypatch.setattr(tightening, "ELEMENTS", 1)
     assert torch.equal(verifier(network, x, labels, 0.03), together)
     assert verifier(network, x[:0], labels[:0], 0.03).shape == (0,)
 

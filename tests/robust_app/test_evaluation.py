@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from robust_app.attacks import falsified, uniform_start
-from robust_app.evaluation import Contradiction, Errors, Share, evaluate, standard_and_certified
+from robust_app.error_counts import Errors, Share
+from robust_app.evaluation import Contradiction, evaluate, standard_and_certified
 from robust_app.loading import load_network
 from robust_app.run_directory import RunDirectory
 from robust_app.verifiers import VERIFIERS, Verdicts, Verifier

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robust_app.crown import crown_ibp_margins
+from robust_app.crown_margins import crown_ibp_margins
 from robust_app.interval import Interval
 from robust_app.losses import Objective, certified_loss
 from robust_app.margins import layer_inputs, margin_bounds

@@ -128,7 +128,7 @@ def test_certified_up_to_the_distance_of_the_decision_boundary():
     # z0 - z1 = 2 (x1 - x2) is 1 at the first image and falls by 4 epsilon.
     assert certified(network, x, labels, 0.24).tolist() == [True, False, False]
     assert certified(network, x, labels, 0.25).tolist() == [False, False, False]
-    assert certified(network, x, labels, torch.tensor(0.0)).tolist() == [True, False, False]
+    assert certified(network, x, labels, 0.0).tolist() == [True, False, False]
 
 
 def test_certified_knows_that_pixels_end_at_0_and_1():

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from robust_app.bounds import propagate
-from robust_app.crown import Problem, tighten
 from robust_app.interval import Interval
 from robust_app.pullback import LinearBound
 from robust_app.relaxation import is_relu, lower_bounds
+from robust_app.tightening import Problem, tighten
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch.jit, which it compiles functions with

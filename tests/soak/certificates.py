@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from robust_app import certificates, crown, data, loading, margins, recipes, session
+from robust_app import certificates, crown, data, loading, margins, recipes, session, tightening
 from robust_app.attacks import pgd, uniform_start
 from robust_app.batches import as_float
 from robust_app.distributed import World
@@ -133,10 +133,10 @@ def float32_ibp(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -
     return _unrounded(network, x, labels, epsilon).proved
 
 
-def _unrounded(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> crown.Problem:
+def _unrounded(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> tightening.Problem:
     trace = tuple(margins.layer_inputs(network, Interval.around(x, epsilon)))
     bounds = margins.margins_after(*trace[-1], labels).scatter(1, labels.unsqueeze(1), torch.inf)
-    return crown.Problem(trace, labels, torch.zeros_like(bounds), bounds)
+    return tightening.Problem(trace, labels, torch.zeros_like(bounds), bounds)
 
 
 def _float32(*stages: crown.Stage) -> Prove:
@@ -157,8 +157,8 @@ def _float32(*stages: crown.Stage) -> Prove:
 
 BOUNDS: dict[str, tuple[Prove, Prove]] = {
     "ibp": (certificates.certified, float32_ibp),
-    "crown-ibp": (crown.crown_ibp, _float32(crown.relax)),
-    "alpha-crown-ibp": (crown.alpha_crown_ibp, _float32(crown.relax, crown.optimize)),
+    "crown-ibp": (crown.crown_ibp, _float32(tightening.relax)),
+    "alpha-crown-ibp": (crown.alpha_crown_ibp, _float32(tightening.relax, tightening.optimize)),
 }
 
 
