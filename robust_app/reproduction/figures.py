@@ -6,8 +6,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from robust_app import pictures
+from robust_app.reproduction.comparison import Measured, paired, reduction, stage_errors
 from robust_app.reproduction.paper import Table, shown
-from robust_app.reproduction.sheets import Measured, paired, reduction, stage_errors
 
 ACROSS = 4  # panels in a row
 Panels = Mapping[str, Callable[[Axes], None]]

@@ -13,9 +13,10 @@ from rich.table import Table as RichTable
 from robust_app.checkpoint import replacing
 from robust_app.errors import UserError
 from robust_app.reproduction import figures, sheets
+from robust_app.reproduction.comparison import Measured
 from robust_app.reproduction.paper import Table
 from robust_app.reproduction.plan import Settings
-from robust_app.reproduction.sheets import Measured, Sheet
+from robust_app.reproduction.sheets import Sheet
 
 NAMES = {"data set", "method", "model", "error", "device", "directory", "recipe"}
 

@@ -14,10 +14,10 @@ from robust_app.distributed import World
 from robust_app.errors import UserError
 from robust_app.overrides import differences
 from robust_app.reproduction import measurements, plan, report, sheets
+from robust_app.reproduction.comparison import Measured
 from robust_app.reproduction.measurements import Measurement
 from robust_app.reproduction.paper import Row, Table
 from robust_app.reproduction.plan import Run, Settings, Task
-from robust_app.reproduction.sheets import Measured
 from robust_app.run_directory import RunDirectory
 from robust_app.training import Trainer
 

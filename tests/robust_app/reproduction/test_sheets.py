@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from robust_app import environment
 from robust_app.errors import UserError
-from robust_app.reproduction import paper, report, sheets
+from robust_app.reproduction import comparison, paper, report, sheets
 from robust_app.reproduction.measurements import Measurement
 from robust_app.reproduction.plan import Settings
 
@@ -71,8 +71,8 @@ def test_a_cell_says_how_far_a_row_is():
 def test_several_seeds_give_median_and_range():
     found = [measurement(errors={"best": error}) for error in (9.0, 8.0, 10.5)]
     assert sheets.cell(found, "best", "verified") == "9.00 (8.00–10.50)"
-    assert sheets.value(found, "best", "verified") == 9.0
-    assert sheets.value(found, "last", "verified") is None
+    assert comparison.value(found, "best", "verified") == 9.0
+    assert comparison.value(found, "last", "verified") is None
 
 
 @given(st.lists(st.tuples(ERRORS, ERRORS), min_size=1, max_size=10))
@@ -123,7 +123,7 @@ def test_figure_2_shows_the_reduction():
 
 @given(st.floats(0, 100), st.floats(1e-3, 100))
 def test_a_reduction_takes_one_error_to_the_other(ours, theirs):
-    assert theirs * (1 - sheets.reduction(ours, theirs) / 100) == pytest.approx(ours, abs=1e-9)
+    assert theirs * (1 - comparison.reduction(ours, theirs) / 100) == pytest.approx(ours, abs=1e-9)
 
 
 def test_training_time_is_averaged_over_runs_that_are_complete():
