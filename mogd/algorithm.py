@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from mogd.gradients import LossGradients, combine
-from mogd.moments import Moments, norm
+from mogd.moments import Moments
 from mogd.nonfinite import Guard, largest_number, sound
-from mogd.packs import Gradients
+from mogd.packs import Gradients, norm
 from mogd.priority import Priority, ask
 from mogd.record import Record
 from mogd.rules import Rule, checked, slopes

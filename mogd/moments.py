@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogd.packs import Doubles, Gradients, block_size, blocks, groups, joined
+from mogd.packs import Doubles, Gradients, block_size, groups, joined
 from mogd.shards import Sum, is_divided_as, local, stacked, stacked_shape
 
 
@@ -206,18 +206,6 @@ def bias_corrected(average: Tensor, decay: float, steps: Tensor) -> Tensor:
     """
     correction = 1.0 - decay ** steps.clamp(min=1).double()
     return average / (correction if average.dim() == 1 else torch.outer(correction, correction))
-
-
-def norm(gradients: Gradients, device: torch.device) -> Tensor:
-    """‖g‖₂ over all parameters, accumulated in float64: 0-dim, not finite if any entry is not."""
-    square = Sum((), device)
-    doubles = Doubles()
-    for group in groups(gradients.values()):
-        part = square.part(group[0])
-        for block in blocks(group):
-            double = doubles(block)
-            part += (double @ double).to(device)
-    return square.total().sqrt()
 
 
 def _check_fit(exp_avg: Tensor, position: int, parameters: Sequence[Tensor], losses: int) -> None:

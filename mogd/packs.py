@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from mogd.shards import Holders, holders, local
+from mogd.shards import Holders, Sum, holders, local
 
 Gradients = dict[Tensor, Tensor]
 """The gradient of one loss by parameter; a parameter that is absent has a zero gradient."""
@@ -76,6 +76,18 @@ class Doubles:
             memory = torch.empty(block.numel(), dtype=torch.float64, device=block.device)
             self._memory[block.device] = memory
         return memory[: block.numel()].view(block.shape).copy_(block)
+
+
+def norm(gradients: Gradients, device: torch.device) -> Tensor:
+    """‖g‖₂ over all parameters, accumulated in float64: 0-dim, not finite if any entry is not."""
+    square = Sum((), device)
+    doubles = Doubles()
+    for group in groups(gradients.values()):
+        part = square.part(group[0])
+        for block in blocks(group):
+            double = doubles(block)
+            part += (double @ double).to(device)
+    return square.total().sqrt()
 
 
 def _real(tensor: Tensor) -> Tensor:

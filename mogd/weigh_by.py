@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mogd.moments import norm
-from mogd.packs import Gradients
+from mogd.packs import Gradients, norm
 
 
 def some_of(

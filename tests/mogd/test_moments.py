@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from twin import inner
 
 from mogd import packs as module
-from mogd.moments import Moments, bias_corrected, norm
+from mogd.moments import Moments, bias_corrected
+from mogd.packs import norm
 
 CPU = torch.device("cpu")
 decays = st.sampled_from([0.0, 0.5, 0.9, 0.999])

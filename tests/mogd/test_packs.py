@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mogd import packs
-from mogd.moments import Moments, norm
-from mogd.packs import BLOCK, Doubles, blocks, groups, joined
+from mogd.moments import Moments
+from mogd.packs import BLOCK, Doubles, blocks, groups, joined, norm
 
 CPU = torch.device("cpu")
 sizes = st.lists(st.integers(0, 12), max_size=20)

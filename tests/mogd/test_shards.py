@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 from mogd import UnbiasedMultiGradient, parallel
-from mogd.moments import norm
+from mogd.packs import norm
 from mogd.shards import is_divided_as, is_dtensor, local, stacked
 
 

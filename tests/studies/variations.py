@@ -10,7 +10,8 @@ from torch.amp.grad_scaler import GradScaler
 
 from mogd import BisectorProjection, Fixed, Record, Rule, UnbiasedMultiGradient
 from mogd.gradients import LossGradients
-from mogd.moments import Moments, norm
+from mogd.moments import Moments
+from mogd.packs import norm
 from mogd.priority import Priority
 
 
