@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mogd.priority import Priority
@@ -24,6 +24,11 @@ def decays(moment_decay: tuple[float, float]) -> tuple[float, float]:
 
 def make_base(params: Any, base: Callable[..., Optimizer], options: Mapping[str, Any]) -> Optimizer:
     """The optimizer to wrap, or a TypeError."""
+    if is_layer(params):
+        raise TypeError(
+            "params must be parameters or groups of them, "
+            f"got a {type(params).__name__}: give its parameters()"
+        )
     if isinstance(params, Optimizer) or isinstance(base, Optimizer):
         found = type(params if isinstance(params, Optimizer) else base).__name__
         raise TypeError(
@@ -69,6 +74,11 @@ def as_priority(priority: Priority) -> Priority:
     """A priority, or a TypeError."""
     _check_callable("priority", priority, "Fixed(1)")
     return priority
+
+
+def is_layer(value: object) -> bool:
+    """Whether it is a module that is given in the place of its parameters."""
+    return isinstance(value, nn.Module) and not isinstance(value, nn.ParameterList)
 
 
 def _takes_one(function: Callable[..., Any]) -> bool:

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mogd.arguments import is_layer
 from mogd.packs import Gradients, norm
 
 
@@ -14,8 +15,7 @@ def some_of(
     """What to weigh by, or a TypeError or ValueError."""
     if weigh_by is None:
         return None
-    layer = isinstance(weigh_by, nn.Module) and not isinstance(weigh_by, nn.ParameterList)
-    if layer or isinstance(weigh_by, Tensor) or not isinstance(weigh_by, Iterable):
+    if is_layer(weigh_by) or isinstance(weigh_by, Tensor) or not isinstance(weigh_by, Iterable):
         raise TypeError(
             "weigh_by must be an iterable of parameters (layer.parameters()), "
             f"got {type(weigh_by).__name__}"

@@ -82,7 +82,8 @@ class Wrapper(Optimizer):
             if not isinstance(error, LookupError | TypeError | AttributeError):
                 raise
             base = type(self.base).__name__
-            raise ValueError(f"state_dict is damaged, or not of {base}: {error}") from error
+            fault = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"state_dict is damaged, or not of {base}: {fault}") from error
         vars(self).update(attributes)
         for conclude in self._optimizer_load_state_dict_post_hooks.values():
             conclude(self)

@@ -23,6 +23,8 @@ _PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
 _BEGINS = r"(?m:^|[\[{,])[ \t]*+"
 _LONG_KEY = re.compile(rf"{_BEGINS}(?:{_PART}[ \t]*+\.[ \t]*+){{{KEY_PARTS}}}")
 
+_FRACTION = re.compile(r"(?m)^[ \t]*+\w++[ \t]*+=[ \t]*+(\d++[ \t]*+/[ \t]*+\d{1,9})")
+
 DEPTH = 50
 """Of lists and mappings in each other."""
 
@@ -52,6 +54,10 @@ def parse_toml(text: str) -> dict[str, Any]:
         found = tomllib.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except tomllib.TOMLDecodeError as error:
+        if fraction := _FRACTION.search(text):
+            raise ValueError(f"{fraction[1]}: TOML has no fractions, give a number") from error
+        raise
     _check(found)
     return found
 

@@ -16,6 +16,7 @@ from robust_app import (
     distributed,
     divergence,
     evaluating,
+    forking,
     loading,
     method_settings,
     overrides,
@@ -87,7 +88,7 @@ def train(
         raise UserError("--resume: say which run with --run-dir")
     if distributed.will_restart() and run_dir is None:
         raise UserError("--run-dir: needed with --max-restarts, to find the run again")
-    directory = RunDirectory(run_dir or next_free(Path("runs"), Path(recipe or "digits").stem))
+    directory = RunDirectory(run_dir or next_free(Path("runs"), _name(recipe, settings or [])))
     resume = resume or (distributed.restarted() and directory.config_file.exists())
     tensorboard = tensorboard or (resume and directory.events_folder.is_dir())
     if tensorboard:
@@ -99,8 +100,7 @@ def train(
     if stored is not None and config != stored:
         raise UserError(
             f"--resume: the run has {overrides.differences(stored, config)}; leave out what makes "
-            "it another, or begin one where this is, as far as a fork may differ: "
-            f"robust-app fork {shlex.quote(str(directory.path))} --set KEY=VALUE"
+            f"it another, or {_instead(directory, stored, config)}"
         )
     until = min(stop_after or config.total_epochs, config.total_epochs)
     data_root = data_root or directory.data_root()
@@ -158,10 +158,28 @@ def _saying_how_to_continue(directory: RunDirectory) -> Iterator[None]:
         raise ProcessLost(f"{error}; {kept}") from error
 
 
+def _instead(directory: RunDirectory, stored: Config, config: Config) -> str:
+    """What to do for a configuration that a run cannot be resumed with."""
+    if any(getattr(stored, name) != getattr(config, name) for name in forking.FIXED):
+        return "train another run from its start: no fork may differ in that either"
+    path = shlex.quote(str(directory.path))
+    return (
+        "begin one where this is, as far as a fork may differ: "
+        f"robust-app fork {path} --set KEY=VALUE"
+    )
+
+
 def _again(directory: RunDirectory) -> str:
     program = "torchrun … -m robust_app" if os.environ.get("WORLD_SIZE") else "robust-app"
     path = shlex.quote(str(directory.path))
     return f"continue with: {program} train --run-dir {path} --resume"
+
+
+def _name(recipe: str | None, settings: list[str]) -> str:
+    """Of a run's folder: its recipe's, or without one that of a user's own data."""
+    data_sets = [text.partition("=")[2] for text in settings if text.startswith("dataset=")]
+    own = data_sets[-1].partition(":")[2] if data_sets else ""
+    return Path(recipe or own or "digits").stem
 
 
 def _requested(

@@ -160,6 +160,8 @@ def _read(name: str) -> dict[str, Any]:
     if not name.endswith(".toml"):
         if name and os.path.exists(name):  # noqa: PTH110 (a Path raises where a name is too long)
             raise UserError(f"recipe {name}: a file of a recipe's name ends in .toml")
+        if os.path.exists(f"{name}.toml"):  # noqa: PTH110
+            raise UserError(f"recipe {name}: unknown; for the file here say {name}.toml")
         raise unknown("recipe", name, _composed())
     try:
         return documents.read_toml(Path(name))

@@ -303,7 +303,7 @@ def foreign_states():
         "other shapes": (other.state_dict(), r"parameter 0 has shape \(2, 5, 3\).*\(2, 4, 3\)"),
         "more parameters": (more.state_dict(), "has parameter 4.* only 4"),
         "fewer parameters": (fewer.state_dict(), "doesn't match the size"),
-        "another base": (descent.state_dict(), "damaged, or not of Adam: "),
+        "another base": (descent.state_dict(), "damaged, or not of Adam: it lacks 'step'"),
         "another base without state": (
             settled.state_dict(),
             r"of another base, .*: its param_groups lack options of Adam, \[.*'betas'.*\] \(add",

@@ -396,6 +396,14 @@ def test_a_gradient_of_inference_mode_may_be_stepped_along():
     optimizer.backward(in_agreement(p))
 
 
+@pytest.mark.parametrize("layer", [torch.nn.Linear(1, 1), torch.nn.Sequential(torch.nn.ReLU())])
+def test_a_model_in_the_place_of_its_parameters_is_refused(layer):
+    match = f"params must be .* got a {type(layer).__name__}: give its parameters"
+    with pytest.raises(TypeError, match=match):
+        UnbiasedMultiGradient(layer, torch.optim.Adam, lr=0.1)
+    UnbiasedMultiGradient(torch.nn.ParameterList([torch.zeros(1)]), lr=0.1)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_a_copy_watches_over_its_own_gradients(copied):
     _, optimizer = optimizer_after(AGREEING)

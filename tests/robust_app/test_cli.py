@@ -193,6 +193,12 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(robust_app, tmp_path, a
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recipe_s_file_without_its_ending_is_named(robust_app, tmp_path):
+    (tmp_path / "my.toml").touch()
+    words = ("recipe my: unknown", "say my.toml")
+    assert_refused(robust_app("train", "--recipe", "my"), *words)
+
+
 def test_an_unknown_command_is_one_line_and_status_2(robust_app):
     assert_refused(robust_app("trian"), "trian")
 

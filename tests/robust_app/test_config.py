@@ -382,6 +382,7 @@ def test_an_unknown_recipe_names_the_nearest_one():
     ("content", "message"),
     [
         (b"epochs = = 1", r"not valid TOML \(.*line 1"),
+        (b"epochs = 3\nepsilon = 8/255\n", r"not valid TOML \(8/255: TOML has no fractions"),
         (b"\xff\xfe", r"not valid TOML \(.*utf-8"),
         (b"epoch = 1", r": unknown key 'epoch'; the nearest known is 'epochs'$"),
         (b"[training]\nepochs = 1", r": unknown key 'training'"),

@@ -163,11 +163,12 @@ def test_an_npz_is_found_again_from_another_folder(robust_app, tmp_path, monkeyp
     x, y = random.integers(256, size=(60, 8, 8), dtype=np.uint8), np.arange(60) % 3
     np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     arguments = ("--set", "dataset=npz:mine.npz", "--set", "held_out=10", "--set", "batch_size=25")
-    status, _, _ = robust_app("train", *QUICK, *arguments, "--run-dir", "run")
+    status, out, _ = robust_app("train", *QUICK, *arguments)
     assert status == 0
+    assert "run directory: runs/mine-1" in out
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert robust_app("evaluate", "../run")[0] == 0
+    assert robust_app("evaluate", "../runs/mine-1")[0] == 0
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "environment.json"])

@@ -66,6 +66,8 @@ def test_torchrun_continues_the_run_that_it_starts_again(robust_app, finished_ru
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert robust_app(*again)[0] == 0
     way_out = f"as far as a fork may differ: robust-app fork {finished_run} --set KEY=VALUE"
-    assert_refused(robust_app(*again, "--seed", "5"), "--resume: the run has", "seed", way_out)
+    assert_refused(robust_app(*again, "--set", "gradient_clip=3"), "--resume: the run has", way_out)
+    way_out = "train another run from its start: no fork may differ in that either"
+    assert_refused(robust_app(*again, "--seed", "5"), "--resume: the run has seed", way_out)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert_refused(robust_app("train", *QUICK), "--run-dir: needed with --max-restarts")
