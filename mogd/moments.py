@@ -1,8 +1,7 @@
 """Moving averages of the gradients of K losses and of their norms (paper, Algorithm 1, lines 4-11).
 
-Norms and the Gramian are float64: squares of gradients between 1e-30 and 1e30
-leave the range of float32. Of a parameter that processes share, each keeps the moments of its
-own part.
+Norms and the Gramian are float64: squares of gradients between 1e-30 and 1e30 leave the range of
+float32. Of a parameter that processes share, each keeps the moments of its own part.
 """
 
 from collections.abc import Iterable, Sequence

@@ -10,9 +10,9 @@ from torch import Tensor
 from mogd.shards import local
 
 LOST_GRADIENT = """\
-backward() replaces what .grad holds, along which this optimizer took no step: gather \
-micro-batches inside accumulate(), add penalties to the losses, and call step() or zero_grad() \
-between two backward()"""
+backward() replaces what .grad holds, along which this optimizer took no step, or which was \
+changed since: gather micro-batches inside accumulate(), add penalties to the losses, and call \
+step() or zero_grad() between two backward()"""
 
 
 class Taken:
@@ -29,7 +29,7 @@ class Taken:
         """Those that the parameters have now."""
         gradients = (parameter.grad for parameter in parameters)
         self._versions = {
-            id(gradient): (weakref.ref(gradient), _version(gradient))
+            id(gradient): (weakref.ref(gradient), _version(local(gradient)))
             for gradient in gradients
             if gradient is not None
         }
@@ -46,11 +46,13 @@ class Taken:
         here = local(gradient)
         if not here.is_cpu:
             return not noted
-        changed = not noted or _version(gradient) != version
+        changed = not noted or _version(here) != version
         return changed and (here.layout is not torch.strided or bool(here.any()))
 
 
 def _version(gradient: Tensor) -> int:
-    """How often it was changed in place; torch does not count this in inference mode."""
-    here = local(gradient)
-    return 0 if here.is_inference() else here._version
+    """How often it was changed in place, as far as torch counts: not in inference mode.
+
+    Of views that is counted for all of what they share, which tells nothing of one.
+    """
+    return 0 if gradient.is_inference() or gradient._is_view() else gradient._version

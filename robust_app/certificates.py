@@ -89,9 +89,10 @@ def as_network(x: Tensor, network: nn.Module) -> Tensor:
     if not _is_float32(network):
         return x.double()
     has_parameters = next(network.parameters(), None) is not None
-    if x.dtype != torch.float32 and (has_parameters or x.dtype != torch.float64):
-        expected = "torch.float32 as the network is" if has_parameters else "torch.float32"
-        raise UserError(f"x: expected {expected}, found {x.dtype}")
+    allowed = (torch.float32,) if has_parameters else (torch.float32, torch.float64)
+    if x.dtype not in allowed:
+        expected = " or ".join(map(str, allowed))
+        raise UserError(f"x: expected {expected} as the network is, found {x.dtype}")
     return x
 
 
@@ -146,8 +147,8 @@ def enclose(layer: nn.Module, box: Interval) -> Computed:
 def _of_layers(box: Interval) -> Computed:
     """Of a layer made of layers, which round one after the other.
 
-    What it computes and what it is in real numbers are both in the box: no more is known, so that
-    linear relaxation proves no more of it than intervals do.
+    What it computes and what it is in real numbers are both in the box: no more is known, and
+    linear relaxation gains nothing by going back through it.
     """
     return Computed(box.center, box.radius, 2 * box.radius)
 
@@ -163,7 +164,7 @@ def enclosures(network: nn.Module, box: Interval) -> Iterator[tuple[nn.Module, I
     return layer_inputs(network, box, enclose)
 
 
-def computed_margins(last: nn.Module, hidden: Interval, labels: Tensor) -> Tensor:
+def computed_margins(last: nn.Module, hidden: Interval, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Lower bounds of the computed margins z_y - z_j from the box at the last layer.
 
     Args:
@@ -172,18 +173,21 @@ def computed_margins(last: nn.Module, hidden: Interval, labels: Tensor) -> Tenso
         labels: the classes y, int64 ``(batch,)``.
 
     Returns:
-        ``(batch, classes)`` with inf in column y.
+        ``(batch, classes)`` with inf in column y; and what the rounding of the last layer may take
+        from the margins, of the same shape.
 
     Raises:
         ValueError: the labels are of another type or shape, or no classes of the network.
     """
     logits = enclose(last, hidden)
     check_labels(labels, logits.center.shape)
+    rounding = torch.zeros_like(logits.radius) if logits.error is None else logits.error
+    errors = rounding.gather(1, labels.unsqueeze(1)) + rounding
     if is_plainly(last, nn.Linear):  # merged with the margins, as for training
-        margins = margins_after(last, hidden, labels) - margin_errors(logits, labels)
+        margins = margins_after(last, hidden, labels) - errors
     else:
         margins = margins_after(nn.Identity(), logits, labels)
-    return _of_others(margins, labels)
+    return _of_others(margins, labels), errors
 
 
 def check_labels(labels: Tensor, logits: torch.Size) -> None:
@@ -212,17 +216,6 @@ def check_labels(labels: Tensor, logits: torch.Size) -> None:
 
 def _of_others(margins: Tensor, labels: Tensor) -> Tensor:
     return margins.scatter(1, labels.unsqueeze(1), torch.inf)
-
-
-def margin_errors(logits: Computed, labels: Tensor) -> Tensor:
-    """What the rounding of the last layer may take from the margins: ``(batch, classes)``.
-
-    Args:
-        logits: what it computes, by :func:`enclose`.
-        labels: the classes y, int64 ``(batch,)``.
-    """
-    errors = torch.zeros_like(logits.radius) if logits.error is None else logits.error
-    return errors.gather(1, labels.unsqueeze(1)) + errors
 
 
 @torch.no_grad()
@@ -267,4 +260,5 @@ def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> 
 
 def _proved(trace: Iterable[tuple[nn.Module, Interval]], labels: Tensor) -> Tensor:
     *_, (last, hidden) = trace
-    return (computed_margins(last, hidden, labels) > 0).all(1)
+    margins, _ = computed_margins(last, hidden, labels)
+    return (margins > 0).all(1)

@@ -123,7 +123,7 @@ def main() -> None:
     """
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")  # a letter that a terminal lacks ends no run
     with stoppable() as stop:
         try:

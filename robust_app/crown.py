@@ -25,13 +25,21 @@ from robust_app.certificates import (
 from robust_app.crown_margins import crown_margins
 from robust_app.interval import check_images
 from robust_app.precision import plain_float32
-from robust_app.tightening import TIGHTEST, Problem, Stage, optimize, relax, rows_at_once, tighten
+from robust_app.tightening import (
+    TIGHTEST,
+    Problem,
+    Tightening,
+    optimize,
+    relax,
+    rows_at_once,
+    tighten,
+)
 
 
 @torch.no_grad()
 @plain_float32()
 def _proved(
-    stages: Sequence[Stage], network: nn.Module, x: Tensor, labels: Tensor, epsilon: float
+    stages: Sequence[Tightening], network: nn.Module, x: Tensor, labels: Tensor, epsilon: float
 ) -> Tensor:
     """Whether the stages, one after the other, prove an image: what all verifiers have in common.
 

@@ -1,4 +1,4 @@
-"""CROWN-IBP's lower bounds of the margins, for training (Zhang et al. 2020)."""
+"""CROWN-IBP's lower bounds of the margins (Zhang et al. 2020): what training differentiates."""
 
 import torch
 from torch import Tensor, nn

@@ -103,7 +103,7 @@ class World:
             if self.leads:
                 with suppress(RuntimeError):  # of another one that has gone: this is to be told
                     self.total(failed + 1).item()  # so that they have it before this one goes
-            elif isinstance(error, UserError):
+            elif isinstance(error, UserError | OSError):
                 raise OfOneProcess(f"process {self.rank}: {error}") from error
             raise
         if self.leads:

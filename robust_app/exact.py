@@ -1,8 +1,8 @@
 """Complete answers: whether any image of the ball is misclassified, by mixed-integer programming.
 
 The network becomes linear constraints with one binary variable for each ReLU whose sign is open
-(Tjeng et al. 2019), between the bounds of ``crown``'s stages, in float64. Needs SciPy, whose
-solver is HiGHS.
+(Tjeng et al. 2019), between the bounds of :mod:`robust_app.tightening`, in float64. Needs SciPy,
+whose solver is HiGHS.
 """
 
 import enum
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from robust_app.attacks import pgd
 from robust_app.certificates import as_network, ball, check_labels, in_float64
+from robust_app.constraints import add_network, in_variables
 from robust_app.crown_margins import crown_margins, margin_bound
-from robust_app.encoding import add_network, in_variables
 from robust_app.interval import ball_ends
 from robust_app.precision import plain_float32
 from robust_app.programming import TOLERANCE, Program

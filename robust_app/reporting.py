@@ -182,7 +182,7 @@ def shares_table(rows: Iterable[tuple[str, Errors]]) -> Table:
 class _Output(Console):
     def on_broken_pipe(self) -> None:
         """Have it told, where rich and typer would end the process without a word."""
-        raise OSError("standard output was closed by who read it")
+        raise BrokenPipeError("standard output was closed by who read it")
 
 
 def console() -> Console:

@@ -163,8 +163,8 @@ def _adaptive_average(layer: nn.AdaptiveAvgPool2d, box: Interval) -> Tensor:
 
 
 def _mean(layer: nn.Module, box: Interval, pixels: int, divisor: int) -> Tensor:
-    """Of a sum of so many pixels at most, over so much at most."""
-    return rounded(pixels + 1, layer(box.magnitude) * divisor) / divisor
+    """Of a sum of so many pixels at most, over so much at most; dividing it may underflow too."""
+    return rounded(pixels + 1, layer(box.magnitude) * divisor) / divisor + UNDERFLOW
 
 
 @_RULES.of(Normalize)

@@ -14,7 +14,6 @@ from robust_app.certificates import (
     computed_margins,
     enclose,
     enclosures,
-    margin_errors,
 )
 from robust_app.crown_margins import margin_bound
 from robust_app.interval import Interval
@@ -47,8 +46,8 @@ class Problem:
     def of(cls, network: nn.Module, box: Interval, labels: Tensor) -> "Problem":
         """What interval bounds know; the network is :func:`~.certificates.in_float64`."""
         trace = tuple(enclosures(network, box))
-        errors = margin_errors(enclose(*trace[-1]), labels)
-        return cls(trace, labels, errors, computed_margins(*trace[-1], labels))
+        margins, errors = computed_margins(*trace[-1], labels)
+        return cls(trace, labels, errors, margins)
 
     @property
     def proved(self) -> Tensor:
@@ -61,7 +60,8 @@ class Problem:
         return Problem(trace, self.labels[images], self.errors[images], self.margins[images])
 
 
-Stage = Callable[[Problem], Problem]
+Tightening = Callable[[Problem], Problem]
+"""A stage: the same problem with better bounds."""
 
 
 def relax(problem: Problem) -> Problem:
@@ -90,8 +90,9 @@ def tighten(problem: Problem) -> Problem:
         if is_relu(layer) and any(map(is_relu, layers[: len(trace)])):
             box = tightened(trace, box, rows_at_once(trace))
         trace.append((layer, box))
-    margins = computed_margins(*trace[-1], problem.labels)
-    return replace(problem, trace=trace, margins=torch.maximum(problem.margins, margins))
+    margins, errors = computed_margins(*trace[-1], problem.labels)
+    margins = torch.maximum(problem.margins, margins)
+    return replace(problem, trace=trace, errors=errors, margins=margins)
 
 
 def _improved(problem: Problem, bounds: Callable[[Trace, LinearBound, Tensor], Tensor]) -> Problem:
@@ -112,5 +113,5 @@ def rows_at_once(trace: Trace) -> int:
     return max(1, ELEMENTS // sum(math.prod(box.center.shape[1:]) for _, box in trace))
 
 
-TIGHTEST: Sequence[Stage] = (relax, optimize, tighten, relax, optimize)
+TIGHTEST: Sequence[Tightening] = (relax, optimize, tighten, relax, optimize)
 """Prove all that any stages here do."""

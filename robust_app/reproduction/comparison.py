@@ -10,21 +10,21 @@ Measured = Mapping[Row, Sequence[Measurement]]
 """What there is of each row, one a seed."""
 
 
-def values(found: Iterable[Measurement], network: str, quantity: str) -> list[float]:
+def errors_of(found: Iterable[Measurement], network: str, quantity: str) -> list[float]:
     """An error of one network in percent, one a seed that has it."""
     return [m.errors[network][quantity] for m in found if network in m.errors]
 
 
-def value(found: Iterable[Measurement], network: str, quantity: str) -> float | None:
+def median_error(found: Iterable[Measurement], network: str, quantity: str) -> float | None:
     """The median over the seeds; None if there is none."""
-    known = values(found, network, quantity)
+    known = errors_of(found, network, quantity)
     return statistics.median(known) if known else None
 
 
 def stage_errors(found: Sequence[Measurement]) -> list[float]:
     """The verified error after stage 0, 1, …, up to the last that was evaluated."""
     errors: list[float] = []
-    while (error := value(found, f"stage-{len(errors)}", "verified")) is not None:
+    while (error := median_error(found, f"stage-{len(errors)}", "verified")) is not None:
         errors.append(error)
     return errors
 
@@ -44,7 +44,7 @@ def paired(
     """Verified errors of two methods, by data set, ε and model, where both are measured."""
     by_method: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
-        error = value(measured.get(row, ()), network, "verified")
+        error = median_error(measured.get(row, ()), network, "verified")
         if error is not None:
             by_method.setdefault((row.dataset, row.epsilon, row.model), {})[row.method] = error
     return {

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from robust_app.reproduction.comparison import (
     Measured,
+    errors_of,
+    median_error,
     paired,
     reduction,
     stage_errors,
-    value,
-    values,
 )
 from robust_app.reproduction.measurements import Measurement
 from robust_app.reproduction.paper import QUANTITIES, Row, Table, shown
@@ -125,7 +125,7 @@ def statistics_sheet(table: Table, measured: Measured, network: str) -> Sheet:
     for entry in table.extras["statistics"]:
         rows = _matching(table.rows, entry)
         for quantity in table.quantities if rows else ():
-            errors = [value(measured.get(row, ()), network, quantity) for row in rows]
+            errors = [median_error(measured.get(row, ()), network, quantity) for row in rows]
             known = [error for error in errors if error is not None]
             cells = [entry["dataset"], shown(entry["epsilon"]), entry["method"]]
             cells.append(QUANTITIES[quantity])
@@ -219,7 +219,7 @@ def literature_sheet(table: Table) -> Sheet:
 
 def cell(found: Sequence[Measurement], network: str, quantity: str) -> str:
     """An error as text: over several seeds the median and the range."""
-    known = values(found, network, quantity)
+    known = errors_of(found, network, quantity)
     if not known:
         if any(m.begun and m.epochs_done < m.epochs for m in found):
             return UNFINISHED

@@ -386,6 +386,15 @@ def test_a_gradient_that_nothing_is_lost_of_is_replaced_silently(how):
     optimizer.backward(in_agreement(p))
 
 
+def test_what_is_written_to_a_part_of_shared_memory_is_not_taken_for_another():
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = UnbiasedMultiGradient([p, q], lr=0.1)
+    p.grad, q.grad = torch.ones(4).split(2)
+    optimizer.step()
+    p.grad.zero_()
+    optimizer.backward([linear(p, (1, 2)) + linear(q, (1, 0)), linear(p, (2, 1))])
+
+
 def test_a_gradient_of_inference_mode_may_be_stepped_along():
     p, optimizer = optimizer_after(AGREEING)
     with torch.inference_mode():

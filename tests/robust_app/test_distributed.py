@@ -128,13 +128,14 @@ def _train_in_parallel(rank: int, size: int, folder: Path, kinds: list[str]) -> 
         reason = "missing" if world.leads else "process 0 failed"
         with pytest.raises(UserError, match=reason), world.leader_first():
             raise UserError("missing")  # none waits for one that has left, or tries it too
-        with contextlib.ExitStack() as stack:
-            if not world.leads:
-                told = f"^process {rank}: missing$"
-                stack.enter_context(pytest.raises(OfOneProcess, match=told))
-            with world.leader_first():
+        for fault in (UserError("missing"), OSError("missing")):
+            with contextlib.ExitStack() as stack:
                 if not world.leads:
-                    raise UserError("missing")
+                    told = f"^process {rank}: missing$"
+                    stack.enter_context(pytest.raises(OfOneProcess, match=told))
+                with world.leader_first():
+                    if not world.leads:
+                        raise fault
         found = {}
         for kind in kinds:
             made = trainer(kind, world)

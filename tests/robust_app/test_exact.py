@@ -8,7 +8,7 @@ from torch import nn
 
 from robust_app import crown, exact, rounding
 from robust_app.attacks import falsified
-from robust_app.certificates import ENDS, ball, certified, enclose, enclosures, margin_errors
+from robust_app.certificates import ENDS, ball, certified, computed_margins, enclosures
 from robust_app.errors import UserError
 from robust_app.exact import Verdict, decide, decided
 from robust_app.layer_rules import UnsupportedLayer
@@ -216,7 +216,8 @@ def chain_of_roundings(sign, shift, constant):
 def roundings_of(network, x, epsilon):
     """What the layers before the open ReLU may lose, and those after it."""
     _, first, _, second, _, last = enclosures(network, ball(x, epsilon))
-    last_error = margin_errors(enclose(*last), torch.tensor([0]))[0, 1]
+    _, errors = computed_margins(*last, torch.tensor([0]))
+    last_error = errors[0, 1]
     return (first[1].error + second[1].error).item(), (last[1].error + last_error).item()
 
 

@@ -54,6 +54,15 @@ def test_a_letter_that_a_terminal_lacks_is_shown_as_another(tmp_path, command):
     assert "?" in page.read_text("ascii")
 
 
+def test_how_a_user_has_letters_replaced_stays(tmp_path):
+    page = tmp_path / "page"
+    environment = ONE_THREAD | {"PYTHONIOENCODING": "ascii:backslashreplace"}
+    command = [sys.executable, "-m", "robust_app", "recipes", "digits-ibp"]
+    with page.open("wb") as output:
+        subprocess.run(command, env=environment, stdout=output, check=True)
+    assert b"\\u03b5" in page.read_bytes()
+
+
 OUTPUTS = [("recipes",), ("recipes", "digits"), ("--version",)]
 
 

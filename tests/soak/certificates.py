@@ -139,7 +139,7 @@ def _unrounded(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) ->
     return tightening.Problem(trace, labels, torch.zeros_like(bounds), bounds)
 
 
-def _float32(*stages: crown.Stage) -> Prove:
+def _float32(*stages: tightening.Tightening) -> Prove:
     @torch.no_grad()
     def prove(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> Tensor:
         correct = (network(x).argmax(1) == labels).nonzero().squeeze(1)

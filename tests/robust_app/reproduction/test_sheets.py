@@ -71,8 +71,8 @@ def test_a_cell_says_how_far_a_row_is():
 def test_several_seeds_give_median_and_range():
     found = [measurement(errors={"best": error}) for error in (9.0, 8.0, 10.5)]
     assert sheets.cell(found, "best", "verified") == "9.00 (8.00–10.50)"
-    assert comparison.value(found, "best", "verified") == 9.0
-    assert comparison.value(found, "last", "verified") is None
+    assert comparison.median_error(found, "best", "verified") == 9.0
+    assert comparison.median_error(found, "last", "verified") is None
 
 
 @given(st.lists(st.tuples(ERRORS, ERRORS), min_size=1, max_size=10))
