@@ -33,9 +33,9 @@ HARMLESS: dict[tuple[str, str, str], str] = {
         "(_of_others(plain, labels[near]) > 0).all → (_of_others(plain, labels[near]) > 0).any",
     ): SLOWER,
     ("certificates", "certified", "len(near) > 0 → len(near) < 0"): SLOWER,
-    ("exact", "_add_relu", "upper → lower (2)"): TYPE,
-    ("exact", "_add_relu", "upper → lower (3)"): TYPE,
-    ("exact", "_add_relu", "lower → upper (4)"): TYPE,
+    ("constraints", "_add_relu", "upper → lower (2)"): TYPE,
+    ("constraints", "_add_relu", "upper → lower (3)"): TYPE,
+    ("constraints", "_add_relu", "lower → upper (4)"): TYPE,
     ("margins", "_margins_after", "-1 → 1"): FLAT,
     ("relaxation", "relax_relu", "lower → upper (3)"): TYPE,
     ("pullback", "_transposed", "-2 → 2"): ROWS,
@@ -51,7 +51,7 @@ HARMLESS: dict[tuple[str, str, str], str] = {
     ): STEPS,
     ("slopes", "ascended", "1 - iteration / ITERATIONS → 1"): STEPS,
     (
-        "crown",
+        "tightening",
         "tighten",
         "is_relu(layer) and any(map(is_relu, layers[:len(trace)])) → "
         "is_relu(layer) or any(map(is_relu, layers[:len(trace)]))",

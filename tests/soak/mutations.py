@@ -38,7 +38,10 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "pullback": (),
     "slopes": (),
     "fused": ("_ReluBox.backward", "_SplitBySign.backward"),
+    "crown_margins": (),
+    "tightening": (),
     "crown": (),
+    "constraints": (),
     "exact": ("decided", "_misclassified_near", "_misclassified"),
 }
 TESTS = (
