@@ -54,8 +54,8 @@ class UnbiasedMultiGradient(Wrapper):
         **base_options: go to ``base``: ``lr``, ``betas``, ``weight_decay``, …
 
     Raises:
-        TypeError: if ``base`` does not make an optimizer, ``rule`` or ``priority`` cannot be called
-            or is a class, or ``weigh_by`` is no iterable.
+        TypeError: if ``params`` is a module, ``base`` does not make an optimizer, ``rule`` or
+            ``priority`` cannot be called or is a class, or ``weigh_by`` is no iterable.
         ValueError: if a decay is outside [0, 1), ``nonfinite`` is unknown, or ``weigh_by`` is empty
             or names what is not among the parameters.
 

@@ -24,9 +24,7 @@ class Past:
         moments: None before the first step.
     """
 
-    def __init__(
-        self, decay: tuple[float, float], weigh_by: frozenset[Tensor] | None = None
-    ) -> None:
+    def __init__(self, decay: tuple[float, float], weigh_by: frozenset[Tensor] | None) -> None:
         self.decay, self.weigh_by = decay, weigh_by
         self.moments: Moments | None = None
 
