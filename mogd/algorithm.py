@@ -5,12 +5,13 @@ The averages are in :mod:`mogd.moments`, the weights in :mod:`mogd.rules`, the s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from mogd import parallel
 from mogd.gradients import LossGradients, combine
 from mogd.moments import Moments
 from mogd.nonfinite import Guard, largest_number, sound
@@ -49,6 +50,22 @@ class Present:
             return cls(collected.gradients, losses, norms, None)
         unscale = scaler.scale(torch.ones((), device=device)).reciprocal()
         return cls(collected.gradients, losses, norms * unscale, unscale)
+
+
+def agreed(present: Present, last: Record | None, look: bool) -> Present:
+    """With the losses averaged over the processes that train one model.
+
+    Args:
+        present: the step of this process.
+        last: the step before; None at the first.
+        look: whether to check that they do, which on a GPU waits for the device.
+
+    Raises:
+        RuntimeError: see :func:`mogd.parallel.agree`.
+    """
+    losses = present.losses
+    last_weights = torch.zeros_like(losses) if last is None else last.weights
+    return replace(present, losses=parallel.agree(losses, present.norms, last_weights, look))
 
 
 def weigh(

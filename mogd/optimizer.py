@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,13 +11,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from mogd import parallel
-from mogd.algorithm import Present, leave, take_in, weigh
+from mogd.algorithm import Present, agreed, leave, take_in, weigh
 from mogd.arguments import as_priority, as_rule, decays, make_base
 from mogd.bisector_projection import BisectorProjection
 from mogd.closure import MICRO_BATCHES, check_gradient, needs_closure, reevaluation
 from mogd.gradients import LossGradients, known_number
 from mogd.nonfinite import Guard
 from mogd.past import Past
+from mogd.pending import Pending
 from mogd.priority import Fixed, Priority
 from mogd.record import Record
 from mogd.rules import Rule
@@ -96,9 +96,7 @@ class UnbiasedMultiGradient(Wrapper):
         self.last = None
         self._guard = Guard(nonfinite)
         self._accumulating = False
-        self._pending: LossGradients | None = None  # micro-batches not yet combined
-        self._keep: Tensor | bool = True  # may the base step; a tensor to keep it on the device
-        self._taken = Taken()
+        self._pending = Pending()
 
     @property
     def rule(self) -> Rule:
@@ -176,8 +174,8 @@ class UnbiasedMultiGradient(Wrapper):
         if scaler is not None and not scaler.is_enabled():
             scaler = None
         if scaler is None:  # which may have left out a step
-            self._taken.warn_of_others(self._parameters())
-        collected, self._pending = self._pending or LossGradients(), None
+            self._pending.taken.warn_of_others(self._parameters())
+        collected = self._pending.take_gathered()
         shared = self.distributed and not self._accumulating
         try:
             number = known_number(losses)
@@ -191,7 +189,7 @@ class UnbiasedMultiGradient(Wrapper):
             self.zero_grad()
             raise
         if self._accumulating:
-            self._pending = collected
+            self._pending.gathered = collected
             return None
         return self._apply(collected, scaler)
 
@@ -207,7 +205,7 @@ class UnbiasedMultiGradient(Wrapper):
         try:
             yield
         except BaseException:
-            self._pending = None
+            self._pending.gathered = None
             raise
         finally:
             self._accumulating = before
@@ -241,29 +239,22 @@ class UnbiasedMultiGradient(Wrapper):
                 f"{type(closure).__name__}: give losses to backward(), then call step()"
             )
         record = None if closure is None else self._backward_of(closure)
-        if self._pending is not None:
-            raise RuntimeError(
-                "gradients were accumulated but not combined: "
-                "the last backward() before step() belongs outside accumulate()"
-            )
-        if closure is not None and record is None and self._keep is True:
+        self._pending.check_combined()
+        if closure is not None and record is None and self._pending.keep is True:
             check_gradient(self._parameters())
         average = parallel.average if self.distributed else torch.clone
         objective = reevaluation(self.base, closure, record, average)
-        keep, self._keep = self._keep, True
-        if keep is False:  # unless a plain backward() has left gradients since
-            keep = any(parameter.grad is not None for parameter in self._parameters())
-        self._base_step(keep, objective)
-        self._taken.note(self._parameters())
+        self._base_step(self._pending.may_step(self._parameters()), objective)
+        self._pending = Pending(self._parameters())
         return record
 
     @torch.enable_grad()
     def _backward_of(self, closure: Callable[[], Iterable[Tensor] | None]) -> Record | None:
         """Evaluate a step's closure and differentiate the losses, if it returns them."""
-        before, self._pending = self._pending, None
+        before, self._pending.gathered = self._pending.gathered, None
         losses = closure()
         if losses is None:
-            self._pending = self._pending or before
+            self._pending.gathered = self._pending.gathered or before
             return None
         if isinstance(losses, Record):
             self.zero_grad()
@@ -272,19 +263,18 @@ class UnbiasedMultiGradient(Wrapper):
                 "got the Record of backward()"
             )
         # The closure may have gathered micro-batches, which zero_grad of the optimizer would drop.
-        if self._pending is not None and needs_closure(type(self.base).step):
+        if self._pending.gathered is not None and needs_closure(type(self.base).step):
             self.zero_grad()
             raise TypeError(MICRO_BATCHES.format(base=type(self.base).__name__))
-        self._keep = True
+        self._pending.keep = True
         super().zero_grad()
         return self.backward(losses)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the parameters' ``.grad`` and drop what :meth:`accumulate` gathered."""
         self = self._itself()
-        self._pending, self._keep = None, True
         super().zero_grad(set_to_none)
-        self._taken.note(self._parameters())
+        self._pending = Pending(self._parameters())
 
     def __repr__(self) -> str:
         names = ("rule", "priority", "moment_decay", "nonfinite")
@@ -296,28 +286,20 @@ class UnbiasedMultiGradient(Wrapper):
 
     def _from_added_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         past = self._past.loaded(state_dict, self._parameters(), self._device())
-        taken = Taken()
-        taken.note(self._parameters())  # what there is was of the state before
         guard = Guard(self._guard.policy)
         guard.skipped = torch.tensor(int(state_dict["skipped"]), device="cpu")
-        return {
-            "_past": past,
-            "_guard": guard,
-            "_pending": None,
-            "_keep": True,
-            "_taken": taken,
-        }
+        # What gradients there are was of the state before.
+        return {"_past": past, "_guard": guard, "_pending": Pending(self._parameters())}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_rule", "_priority", "_past", "_guard", "_pending", "_keep")
+        own = ("_rule", "_priority", "_past", "_guard", "_pending")
         state = {name: vars(self)[name] for name in ("base", "distributed", "last", *own)}
         # A copy that is made inside accumulate() is not inside of it itself.
         return state | {"_accumulating": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._taken = Taken()
-        self._taken.note(self._parameters())  # what was copied is the original's to lose
+        self._pending.taken = Taken(self._parameters())  # a copy's are the original's to lose
 
     def _apply(self, collected: LossGradients, scaler: GradScaler | None) -> Record:
         """Weigh by the past, take in the present, combine (Algorithm 1)."""
@@ -325,7 +307,8 @@ class UnbiasedMultiGradient(Wrapper):
         device = self._device()
         present = Present.of(collected, scaler, device)
         if self.distributed and parallel.world_size() > 1:
-            present = replace(present, losses=self._agreed_losses(present))
+            look = self.nonfinite == "raise" or not present.losses.is_cuda
+            present = agreed(present, self.last, look)
         moments = self._past.of(len(present.losses), device)
         self.last, keep = weigh(present, moments, self.rule, self.priority, self._guard)
         mask = keep if isinstance(keep, Tensor) else None
@@ -337,12 +320,5 @@ class UnbiasedMultiGradient(Wrapper):
             leave(present, self.last.factors, None)
         elif keep is not False:
             leave(present, self.last.factors, mask)
-        self._keep = keep if scaler is None else True
+        self._pending.keep = keep if scaler is None else True
         return self.last
-
-    def _agreed_losses(self, present: Present) -> Tensor:
-        """Averaged over processes that train one model, after checking that they do."""
-        losses = present.losses
-        last_weights = torch.zeros_like(losses) if self.last is None else self.last.weights
-        look = self.nonfinite == "raise" or not losses.is_cuda
-        return parallel.agree(losses, present.norms, last_weights, look)

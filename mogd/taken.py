@@ -20,15 +20,14 @@ class Taken:
 
     They are told by identity, and not kept alive. What is added to one in place, and zeros that
     others write, are seen on the CPU alone: elsewhere looking would wait for the device.
+
+    Args:
+        parameters: a step was taken along the gradients that these have now.
     """
 
-    def __init__(self) -> None:
-        self._versions: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-
-    def note(self, parameters: Iterable[Tensor]) -> None:
-        """Those that the parameters have now."""
+    def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         gradients = (parameter.grad for parameter in parameters)
-        self._versions = {
+        self._versions: dict[int, tuple[weakref.ref[Tensor], int]] = {
             id(gradient): (weakref.ref(gradient), _version(local(gradient)))
             for gradient in gradients
             if gradient is not None
