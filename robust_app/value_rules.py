@@ -74,17 +74,17 @@ NONNEGATIVES = Rule(
     _floats,
 )
 POSITIVE_PAIR = Rule(
-    "two numbers above 0, up to 3.4e38",
+    "two numbers above 0, up to 3.4e38, such as [4, 1]",
     _all_within(_TINY, _HUGE, (2,)),
     _floats,
 )
 UNIT_PAIR = Rule(
-    "two numbers in [0, 1]",
+    "two numbers in [0, 1], such as [1, 0]",
     _all_within(0, 1, (2,)),
     _floats,
 )
 DECAYS = Rule(
-    "two numbers in [0, 1)",
+    "two numbers in [0, 1), such as [0.9, 0.99]",
     _all_within(0, _BELOW_ONE, (2,)),
     _floats,
 )
