@@ -172,32 +172,3 @@ def test_get_optimizer_state_dict_leaves_the_moments_out():
     set_optimizer_state_dict(again.model, again.optimizer.base, state)
     found = again.result()["base"]
     torch.testing.assert_close(found, run.result()["base"], rtol=0, atol=0)
-
-
-def test_a_state_of_flat_moments_without_an_order_still_loads():
-    """As mogd saved them before it could shard them."""
-    run, again = Run().train(range(3)), Run()
-    state = copy.deepcopy(run.optimizer.state_dict())
-    del state["moments"]["order"]
-    exp_avg = state["moments"]["exp_avg"]
-    state["moments"]["exp_avg"] = {place: values.flatten(1) for place, values in exp_avg.items()}
-    again.model.load_state_dict(run.model.state_dict())
-    again.optimizer.load_state_dict(state)
-    resumed = again.train(range(3, 6)).result()
-    torch.testing.assert_close(resumed, run.train(range(3, 6)).result(), rtol=0, atol=0)
-
-
-def test_a_checkpoint_of_before_losses_were_counted_apart_loads_in_part(tmp_path):
-    run, again = Run().train(range(3)), Run().train(range(20, 21))
-    state = run.optimizer.state_dict()
-    moments = {name: entry for name, entry in state["moments"].items() if name != "late"}
-    dcp.save({"optimizer": state | {"moments": moments}}, checkpoint_id=tmp_path, no_dist=True)
-    into = {"optimizer": again.optimizer.state_dict()}
-    with pytest.raises(dcp.api.CheckpointException, match=r"optimizer\.moments\.late"):
-        dcp.load(into, checkpoint_id=tmp_path, no_dist=True)
-    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load(into, checkpoint_id=tmp_path, no_dist=True, planner=planner)
-    again.optimizer.load_state_dict(into["optimizer"])
-    again.model.load_state_dict(run.model.state_dict())
-    resumed = again.train(range(3, 6)).result()
-    torch.testing.assert_close(resumed, run.train(range(3, 6)).result(), rtol=0, atol=0)

@@ -318,7 +318,7 @@ def foreign_states():
         ),
         "other K": (
             state | {"moments": moments | {"norms": torch.ones(3, dtype=torch.float64)}},
-            r"'gramian' of shape \(2, 2\), expected \(3, 3\)",
+            r"'late' of shape \(2,\), expected \(3,\)",
         ),
         "no moments": (state | {"moments": 3}, "state_dict is damaged, .*'int'"),
         "no tensor": (state | {"moments": moments | {"count": 5}}, "state_dict is damaged, "),
