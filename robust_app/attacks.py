@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robust_app.interval import ball_ends, check_images
+from robust_app.layers import applied
 
 Network = Callable[[Tensor], Tensor]
 
@@ -151,7 +152,7 @@ def falsified(
         return torch.cat([attack(*part, generator=generator) for part in parts])
     lower, upper = ball_ends(x, epsilon)
     step_size = 2.5 * epsilon / steps
-    broken = network(x).argmax(1) != labels
+    broken = applied(network, x).argmax(1) != labels
     starts = uniform_start(x.new_empty(()).expand(len(x), restarts, *x.shape[1:]), generator)
     for start in starts.unbind(1):
         standing = (~broken).nonzero().squeeze(1)
@@ -184,7 +185,7 @@ def _ascend(
     """The iterate after ``x_adv``, and the logits at ``x_adv``; both detached."""
     with torch.enable_grad():
         x_adv = x_adv.detach().requires_grad_()
-        logits = network(x_adv.clone())  # the first layer may work in place
+        logits = applied(network, x_adv)
         # The sum, not the mean: small gradients must not underflow with the batch size.
         loss = F.cross_entropy(logits, labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, x_adv)

@@ -86,7 +86,7 @@ def _in_float32(layer: InFloat32, interval: Interval) -> Interval:
 
 @_RULES.of(Normalize)
 def _normalize(layer: Normalize, interval: Interval) -> Interval:
-    return Interval(layer(interval.center), interval.radius / layer.std)
+    return Interval(layer(interval.center), interval.radius / layer.std.abs())
 
 
 @_RULES.of(ElementwiseAffine)
@@ -118,10 +118,26 @@ def _per_channel(values: Tensor, interval: Interval) -> Tensor:
     return values.view(-1, *[1] * (interval.radius.ndim - 2))
 
 
-@_RULES.of(nn.Identity, nn.Flatten, nn.Unflatten, nn.AdaptiveAvgPool2d)
+@_RULES.of(nn.Identity, nn.AdaptiveAvgPool2d)
 def _averaging(layer: nn.Module, interval: Interval) -> Interval:
     """A layer whose outputs are averages of inputs, of a single one perhaps."""
     return Interval(layer(interval.center), layer(interval.radius))
+
+
+@_RULES.of(nn.Flatten)
+def _flatten(layer: nn.Flatten, interval: Interval) -> Interval:
+    return _reshaping(layer, layer.start_dim, interval)
+
+
+@_RULES.of(nn.Unflatten)
+def _unflatten(layer: nn.Unflatten, interval: Interval) -> Interval:
+    return _reshaping(layer, layer.dim, interval)
+
+
+def _reshaping(layer: nn.Module, first: int, interval: Interval) -> Interval:
+    if first in (0, -interval.center.ndim):
+        raise _RULES.unsupported(layer, f"{layer} does not keep the images of a batch apart")
+    return _averaging(layer, interval)
 
 
 @_RULES.of(nn.AvgPool2d)

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from robust_app.bounds import propagate
 from robust_app.errors import UserError
 from robust_app.interval import Computed, Interval, check_images
-from robust_app.layer_rules import is_plainly
+from robust_app.layer_rules import by_rule, is_plainly
 from robust_app.layers import Residual
 from robust_app.margins import layer_inputs, margin_bounds, margins_after
 from robust_app.precision import plain_float32
@@ -64,6 +64,9 @@ def _is_float32(network: nn.Module) -> bool:
         raise UserError(
             f"network: certificates are of networks in float32, found {kinds[dtype]} in {dtype}"
         )
+    if len(kinds) > 1:
+        found = " and ".join(f"{name} in {dtype}" for dtype, name in kinds.items())
+        raise UserError(f"network: expected numbers of one type, found {found}")
     return torch.float64 not in kinds
 
 
@@ -136,7 +139,7 @@ def enclose(layer: nn.Module, box: Interval) -> Computed:
         body, shortcut = enclose(layer.body, box), enclose(layer.shortcut, box)
         total = Interval(body.center + shortcut.center, body.radius + shortcut.radius)
         return _of_layers(_computed(total, rounded(1, body.magnitude + shortcut.magnitude)))
-    computed = _computed(propagate(layer, box), rounding_error(layer, box))
+    computed = _computed(by_rule(propagate, layer, box), by_rule(rounding_error, layer, box))
     # What may be infinite or no number may come out of a layer as anything, also within its range.
     finite = (box.center.isfinite() & box.radius.isfinite()).flatten(1).all(1)
     if not bool(finite.all()):

@@ -24,6 +24,7 @@ from robust_app.certificates import (
 )
 from robust_app.crown_margins import crown_margins
 from robust_app.interval import check_images
+from robust_app.layers import applied
 from robust_app.precision import plain_float32
 from robust_app.tightening import (
     TIGHTEST,
@@ -47,7 +48,7 @@ def _proved(
     """
     x = as_network(x, network)
     check_images(x)
-    logits = network(x)
+    logits = applied(network, x)
     check_labels(labels, logits.shape)
     correct = (logits.argmax(1) == labels).nonzero().squeeze(1)
     proved = torch.zeros(len(x), dtype=torch.bool, device=x.device)

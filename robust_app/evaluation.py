@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from robust_app.attacks import falsified
 from robust_app.batches import as_float
 from robust_app.error_counts import Errors, Share
+from robust_app.layers import applied
 from robust_app.precision import plain_float32
 from robust_app.verifiers import VERIFIERS
 
@@ -32,7 +33,7 @@ def misclassified(network: nn.Module, x: Tensor, labels: Tensor) -> int:
         labels: true classes, int64 ``(n,)``.
     """
     return sum(
-        int((network(images).argmax(1) != classes).sum())
+        int((applied(network, images).argmax(1) != classes).sum())
         for images, classes in _chunks(x, labels, CHUNK)
     )
 
@@ -57,7 +58,7 @@ def standard_and_certified(
     """
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
     for images, classes in _chunks(x, labels, CHUNK):
-        wrong = network(images).argmax(1) != classes
+        wrong = applied(network, images).argmax(1) != classes
         proved = torch.zeros_like(wrong)
         for name in verifiers:
             left = ~proved
@@ -114,7 +115,7 @@ def evaluate(
     for images, classes in _chunks(x, labels, CHUNK):
         started = time.perf_counter()
         with torch.no_grad():
-            wrong = network(images).argmax(1) != classes
+            wrong = applied(network, images).argmax(1) != classes
         broken = wrong | falsified(
             network,
             images,

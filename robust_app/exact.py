@@ -17,6 +17,7 @@ from robust_app.certificates import as_network, ball, check_labels, in_float64
 from robust_app.constraints import add_network, in_variables
 from robust_app.crown_margins import crown_margins, margin_bound
 from robust_app.interval import ball_ends
+from robust_app.layers import applied
 from robust_app.precision import plain_float32
 from robust_app.programming import TOLERANCE, Program
 from robust_app.tightening import TIGHTEST, Problem
@@ -95,7 +96,7 @@ def decide(
     deadline = time.monotonic() + time_limit
     x, labels = as_network(image.unsqueeze(0), network), torch.tensor([label])
     program = Program()
-    check_labels(labels, network(x).shape)
+    check_labels(labels, applied(network, x).shape)
     problem = Problem.of(in_float64(network).cpu(), ball(x.double().cpu(), epsilon), labels)
     # Refuses layers now, however easy the image is.
     crown_margins(problem.trace, labels)
@@ -167,5 +168,5 @@ def _misclassified_near(
 
 
 def _misclassified(network: nn.Module, x: Tensor, label: int) -> bool:
-    logits = network(x)
+    logits = applied(network, x)
     return bool(logits.isfinite().all() and (logits.argmax(1) != label).any())

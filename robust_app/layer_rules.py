@@ -30,6 +30,10 @@ class UnsupportedLayer(UserError, TypeError):
     """A layer, or a mode of it, for which there is no sound rule."""
 
 
+_CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
+"""By which a module's forward is called."""
+
+
 def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
     """Whether ``layer`` computes what ``kind`` does: nobody gave it another forward or __call__.
 
@@ -39,8 +43,8 @@ def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
     return (
         isinstance(layer, kind)
         and type(layer).forward is kind.forward
-        and type(layer).__call__ is nn.Module.__call__
-        and "forward" not in vars(layer)
+        and all(getattr(type(layer), name) is getattr(nn.Module, name) for name in _CALLS)
+        and vars(layer).keys().isdisjoint(("forward", *_CALLS))
         and (not isinstance(layer, nn.Conv2d) or _convolves_plainly(layer))
     )
 
@@ -55,6 +59,25 @@ def flattened(network: nn.Module) -> list[nn.Module]:
     if not is_plainly(network, nn.Sequential):
         return [network]
     return [layer for child in network for layer in flattened(child)]
+
+
+def by_rule(function: Any, layer: nn.Module, *rest: Any) -> Any:
+    """``function(layer, *rest)`` by a rule that was registered for the layer's own forward.
+
+    Dispatch finds the rules of base classes too, which say nothing about another forward.
+
+    Args:
+        function: a ``functools.singledispatch``.
+        layer: its first argument.
+        rest: the others.
+
+    Raises:
+        UnsupportedLayer: the rule is of a base class whose forward the layer's class overrides.
+    """
+    kind: Any = next(kind for kind in type(layer).__mro__ if kind in function.registry)
+    if kind is not object and type(layer).forward is not kind.forward:
+        raise Rules(function, "rule of its own").overriding(layer, kind)
+    return function(layer, *rest)
 
 
 @dataclass(frozen=True)
@@ -89,6 +112,10 @@ class Rules:
             )
         return UnsupportedLayer(f"no {self.give} for the layer {name}: {why or remedy}")
 
+    def overriding(self, layer: nn.Module, kind: type) -> UnsupportedLayer:
+        """The error for a layer with another forward than the class that has a rule."""
+        return self.unsupported(layer, f"it overrides {kind.__name__}.forward; {self._remedy}")
+
     @property
     def _remedy(self) -> str:
         where = f"{self.function.__module__}.{self.function.__name__}"
@@ -97,9 +124,8 @@ class Rules:
     def _apply(
         self, rule: Callable[..., Any], kind: type[nn.Module], layer: nn.Module, *rest: Any
     ) -> Any:
-        # Dispatch finds the rules of base classes too, which say nothing about another forward.
-        if type(layer).forward is not kind.forward:
-            raise self.unsupported(layer, f"it overrides {kind.__name__}.forward; {self._remedy}")
+        if type(layer).forward is not kind.forward:  # see by_rule
+            raise self.overriding(layer, kind)
         if not is_plainly(layer, kind):
             raise self.unsupported(
                 layer,

@@ -1,7 +1,7 @@
 """Layers that the networks need beyond those of :mod:`torch.nn`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +84,8 @@ class Residual(nn.Module):
     """The sum of two branches, ``body(x) + shortcut(x)``.
 
     Args:
-        body: must leave its input as it is (no in-place first layer).
+        body: a branch.
         shortcut: a branch with outputs of the same shape; the identity by default.
-
-    Raises:
-        ValueError: the body's first layer works in place.
 
     >>> Residual(nn.Flatten())(torch.ones(1, 2))
     tensor([[2., 2.]])
@@ -96,15 +93,20 @@ class Residual(nn.Module):
 
     def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:
         super().__init__()
-        first = body
-        while isinstance(first, nn.Sequential) and len(first) > 0:
-            first = first[0]
-        if getattr(first, "inplace", False):
-            raise ValueError(f"body: expected its first layer to leave its input, found {first}")
         self.body = body
         self.shortcut = nn.Identity() if shortcut is None else shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply both branches to ``x`` and add their outputs."""
-        output: Tensor = self.body(x) + self.shortcut(x)
+        output: Tensor = applied(self.body, x) + self.shortcut(x)
         return output
+
+
+def applied(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a network makes of ``x``, which stays as it is where the first layer works in place.
+
+    >>> x = torch.tensor([-1.0])
+    >>> applied(nn.ReLU(inplace=True), x), x
+    (tensor([0.]), tensor([-1.]))
+    """
+    return network(x.clone())

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from robust_app import small_patches
 from robust_app.batch_norm import BatchNorm
 from robust_app.layer_rules import DROPOUTS, IN_TRAINING, Rules
-from robust_app.layers import ElementwiseAffine, Normalize
+from robust_app.layers import ElementwiseAffine, Normalize, applied
 from robust_app.precision import InFloat32
 
 
@@ -56,7 +56,7 @@ def pull_back_affine(layer: nn.Module, bound: LinearBound, shape: torch.Size) ->
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         origin = coefficients.new_zeros(len(coefficients), *shape).requires_grad_()
-        at_origin = layer(origin)
+        at_origin = applied(layer, origin)
         (pulled,) = torch.autograd.grad(
             at_origin, origin, coefficients, create_graph=differentiable
         )

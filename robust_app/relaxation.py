@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robust_app.fused import split_by_sign
 from robust_app.interval import Computed, Interval
-from robust_app.layer_rules import is_plainly
+from robust_app.layer_rules import by_rule, is_plainly
 from robust_app.pullback import LinearBound, inner_products, pull_back
 
 Trace = Sequence[tuple[nn.Module, Interval]]
@@ -56,7 +56,7 @@ def lower_bounds(
             lower_slopes = adaptive_slopes(box) if remaining is None else remaining.pop()
             bound = relax_relu(bound, box, lower_slopes)
         else:
-            bound = pull_back(layer, bound, box.center.shape[1:])
+            bound = by_rule(pull_back, layer, bound, box.center.shape[1:])
         bound = before_rounding(bound, box)
 
     coefficients = bound.coefficients

@@ -9,7 +9,7 @@ that are 0, and so the inputs that a ReLU has switched off, are not rounded and 
 Nobody promises as much for Winograd's or Fourier convolutions, which cuDNN may choose, or for TF32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -94,8 +94,8 @@ def rounding_error(layer: nn.Module, box: Interval) -> Tensor | None:
         Of the shape of its outputs, or None where nothing is rounded.
 
     Raises:
-        UnsupportedLayer: there is no rule for this type of layer, or it is a CELU with an alpha
-            below 0, which grows exponentially.
+        UnsupportedLayer: there is no rule for this type of layer, or it grows exponentially: a
+            CELU with an alpha below 0, a Softplus with a threshold above 80.
     """
     del box
     raise _RULES.unsupported(layer)
@@ -169,7 +169,7 @@ def _mean(layer: nn.Module, box: Interval, pixels: int, divisor: int) -> Tensor:
 
 @_RULES.of(Normalize)
 def _normalize(layer: Normalize, box: Interval) -> Tensor:
-    return rounded(2, (box.magnitude + layer.mean.abs()) / layer.std)
+    return rounded(2, (box.magnitude + layer.mean.abs()) / layer.std.abs())
 
 
 @_RULES.of(ElementwiseAffine)
@@ -180,12 +180,16 @@ def _elementwise(layer: ElementwiseAffine, box: Interval) -> Tensor:
 @_RULES.of(BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 def _batch_norm(layer: Any, box: Interval) -> Tensor:
     scale = torch.rsqrt(layer.running_var + layer.eps)
-    shift = layer.running_mean.abs() * scale
+    mean, bias = layer.running_mean.abs(), torch.zeros_like(scale)
     if layer.weight is not None:
-        scale, shift = scale * layer.weight.abs(), shift * layer.weight.abs() + layer.bias.abs()
+        scale, bias = scale * layer.weight.abs(), layer.bias.abs()
     per_channel = (-1, *[1] * (box.center.ndim - 2))
+    scale, mean, bias = (values.view(per_channel) for values in (scale, mean, bias))
+    inputs = box.magnitude + mean
     # A sum, a reciprocal square root to 2 units, a product; then the shift's and the result's.
-    return rounded(9, scale.view(per_channel) * box.magnitude + shift.view(per_channel))
+    error = rounded(9, scale * inputs + bias)
+    # The product may underflow or overflow although what comes of it does not.
+    return error + rounded(0, scale) + inputs * UNDERFLOW
 
 
 @_RULES.of(
@@ -219,8 +223,14 @@ _RULES.of(nn.LogSigmoid, nn.Sigmoid, nn.Softsign, nn.Tanh, nn.Tanhshrink)(_smoot
 _RULES.of(nn.Hardsigmoid)(_smooth(lambda _: 3.0))
 _RULES.of(nn.SELU)(_smooth(lambda _: 2.0))
 _RULES.of(nn.ELU)(_smooth(lambda layer: 1 + abs(layer.alpha)))
-_RULES.of(nn.Softplus)(_smooth(lambda layer: 1 + 1 / abs(layer.beta)))
 _RULES.of(nn.Softshrink)(_smooth(lambda layer: layer.lambd))
+
+
+@_RULES.of(nn.Softplus)
+def _softplus(layer: nn.Softplus, box: Interval) -> Tensor:
+    if layer.threshold > 80:
+        raise _RULES.unsupported(layer, "up to a threshold above 80 it may overflow")
+    return rounded(ROUNDINGS_OF_FUNCTIONS, 1 + 1 / abs(layer.beta) + box.magnitude)
 
 
 @_RULES.of(nn.CELU)
@@ -240,5 +250,7 @@ def _prelu(layer: nn.PReLU, box: Interval) -> Tensor:
     return rounded(1, layer.weight.abs().max() * box.magnitude)
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return size if isinstance(size, tuple) else (size, size)
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, as torch takes them: one number, alone or in a list, is both."""
+    sides = [size] if isinstance(size, int) else size
+    return sides[0], sides[-1]

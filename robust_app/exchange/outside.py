@@ -17,6 +17,7 @@ from robust_app.exchange import packages
 from robust_app.exchange.parity import check_parity
 from robust_app.exchange.reading import from_onnx
 from robust_app.exchange.tensors import read_model
+from robust_app.layers import applied
 
 PREFIXES = ("module.", "_orig_mod.")
 """What ``DataParallel`` and ``torch.compile`` put before the names of parameters."""
@@ -151,7 +152,7 @@ def check_classifies(network: nn.Module, dataset: Dataset) -> None:
     """
     x = as_float(dataset.x_test[:2])
     try:
-        logits = network(x)
+        logits = applied(network, x)
     except Exception as error:  # of the user's own code, perhaps
         raise UserError(
             f"does not take images of shape {dataset.image_shape} ({_reason(error)})"
@@ -172,7 +173,7 @@ def check_classifies(network: nn.Module, dataset: Dataset) -> None:
     try:
         with torch.enable_grad():
             x = x.clone().requires_grad_()
-            torch.autograd.grad(network(x.clone()).sum(), x)
+            torch.autograd.grad(applied(network, x).sum(), x)
     except RuntimeError as error:
         raise UserError(
             f"has no gradient at its images, which attacks need ({_reason(error)})"

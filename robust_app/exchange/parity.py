@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from robust_app.errors import UserError, one_line
 from robust_app.exchange import packages
+from robust_app.layers import applied
 
 LARGEST_BATCH = 10_000
 """That a model may be fixed to: as many images are made of those that there are."""
@@ -45,7 +46,7 @@ def parity(model: Any, network: nn.Module, x: Tensor) -> Parity:
         UserError: onnxruntime is not installed, does not run the model, or computes another
             number of logits.
     """
-    logits = network(x)
+    logits = applied(network, x)
     exact = copy.deepcopy(network).double()(x.double())
     rounding = (logits - exact).abs().max()
     spacing = torch.finfo(torch.float32).eps * exact.abs().max()

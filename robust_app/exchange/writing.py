@@ -58,6 +58,8 @@ def to_onnx(network: nn.Sequential, image_shape: tuple[int, ...]) -> Any:
     onnx, graph, folded = packages.onnx(), Graph(), fold(network).float()
     for layer in flattened(folded):
         add_layer(layer, graph)
+    if not graph.nodes:
+        graph.add("Identity")
     graph.nodes[-1].output[0] = OUTPUT
     with torch.no_grad():
         logits = folded(torch.zeros(1, *image_shape))

@@ -26,6 +26,11 @@ def test_the_model_computes_what_the_network_does(name, batch):
     torch.testing.assert_close(by_runtime(to_onnx(network, RGB), x), network(x))
 
 
+def test_a_network_without_layers_is_written():
+    x = torch.rand(3, 4)
+    torch.testing.assert_close(by_runtime(to_onnx(nn.Sequential().eval(), (4,)), x), x)
+
+
 def test_batch_norm_is_folded():
     network = digits_network().eval().float()
     model, x = to_onnx(network, (1, 8, 8)), images().float()
