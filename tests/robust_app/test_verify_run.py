@@ -155,6 +155,28 @@ def test_a_figure_that_is_not_so_is_told_with_its_distance(robust_app, run):
     assert "commit: 1a2b, here" in out
 
 
+@pytest.mark.parametrize("left", [1, 2, 0])
+def test_what_exact_left_to_its_time_limit_may_differ_by_as_much(robust_app, run, left):
+    """Of an evaluation that left images undecided which are falsified or certified now."""
+    pytest.importorskip("scipy")
+    (run.path / "results.json").unlink()
+    more = ("--verifier", "ibp,exact", "--images", "10", "--epsilon", "0.02")
+    assert robust_app("evaluate", "run", *more)[0] == 0
+    results = run.results()
+    for entry in results:
+        assert entry["undecided"] == 0
+        entry["falsified"] -= 1
+        entry["certified"] -= 1
+        entry["verified_error"] += 10
+        entry["undecided"] = left
+    run.results_file.write_text(json.dumps(results))
+    status, out, _ = robust_app("verify-run", "run")
+    assert out.count("off by +1, left by time") == (2 * len(results) if left else 0)
+    assert out.count("off by -10, left by time") == (len(results) if left else 0)
+    assert ("exact left undecided at its time limit" in out) == (left > 0)
+    assert status == (0 if left else 1)
+
+
 @pytest.mark.parametrize("figure", ["certified", "undecided"])
 def test_a_count_that_is_not_so_is_told(robust_app, run, figure):
     results = run.results()
