@@ -18,7 +18,7 @@ from mogd.nonfinite import Guard, largest_number, sound
 from mogd.packs import Gradients, norm
 from mogd.priority import Priority, ask
 from mogd.record import Record
-from mogd.rules import Rule, checked, slopes
+from mogd.rules import Rule, checked, from_past, slopes
 from mogd.shards import local
 from mogd.weigh_by import restricted
 
@@ -88,6 +88,8 @@ def weigh(
     # Copies, for a rule may work in place.
     chosen = rule(gramian.clone(), norm_moments.clone(), prioritized.clone())
     weighting = checked(chosen, len(losses), rule)
+    if rule.needs_past:
+        weighting = from_past(weighting, norm_moments)
     scaled = present.unscale is not None
     finite, keep = guard.admit(each, norms, slopes(weighting, losses), largest, scaled)
     return Record(losses, *weighting, gramian, norm_moments, prioritized, finite), keep

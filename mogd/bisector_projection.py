@@ -17,7 +17,6 @@ from mogd.rules import (
     conflicting,
     constants,
     onto_favoured,
-    seen_any,
 )
 
 
@@ -175,7 +174,7 @@ class BisectorProjection(Rule):
         indices = torch.arange(losses, device=norms.device)
         regularized = (indices > 0) & (indices == prioritized) & conflict
         return Weighting(
-            torch.where(seen_any(norms), weights, 1.0 / losses),
+            weights,
             self.regularization * regularized.to(norms),
         )
 

@@ -7,7 +7,7 @@ paper's own is in :mod:`mogd.bisector_projection`.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,14 @@ class Weighting(NamedTuple):
 
 
 class Rule(ABC):
-    """A map from the moments of K losses, and the index of the favoured one, to weights."""
+    """A map from the moments of K losses, and the index of the favoured one, to weights.
+
+    Attributes:
+        needs_past: whether the weights come from the past. Before there has been any gradient,
+            what such a rule answers is not used: the weights are 1/K, without regularisation.
+    """
+
+    needs_past: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
@@ -33,7 +40,8 @@ class Rule(ABC):
 
         Args:
             gramian: ⟨mⱼ, mₖ⟩ of the bias-corrected gradient moments, shape ``(K, K)``.
-            norms: vₖ, the bias-corrected moments of the gradients' 2-norms, shape ``(K,)``.
+            norms: vₖ, the bias-corrected moments of the gradients' 2-norms, shape ``(K,)``; 0 for
+                a loss that has had no gradient, as its row of the Gramian is.
             prioritized: index of the loss to favour in conflict, 0-dim integer tensor.
 
         Returns:
@@ -102,6 +110,7 @@ class Constant(Rule):
     """
 
     weights: Sequence[float]
+    needs_past: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         try:
@@ -136,7 +145,7 @@ class GramianRule(Rule):
 
     ``UnbiasedMultiGradient`` wraps a plain callable in this. The function gets the Gramian of the
     moments, shape ``(K, K)``, instead of this batch's, so its weights become unbiased; before any
-    gradient has been seen it gets the identity, and the weights are 1/K whatever it returns.
+    gradient has been seen it gets the identity.
 
     Raises:
         ValueError: on use, if the function returns anything but K weights.
@@ -145,17 +154,15 @@ class GramianRule(Rule):
     function: Callable[[Tensor], Tensor]
 
     def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
-        seen = seen_any(norms)
         identity = torch.eye(norms.numel(), dtype=gramian.dtype, device=gramian.device)
-        weights = self.function(torch.where(seen, gramian, identity))
+        weights = self.function(torch.where(norms.any(), gramian, identity))
         if not isinstance(weights, Tensor) or weights.shape != norms.shape:
             found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(
                 f"rule must return a tensor of {norms.numel()} weights, got {found} "
                 f"from {self.function!r}"
             )
-        weights = torch.where(seen, weights.to(norms), 1.0 / norms.numel())
-        return Weighting(weights, torch.zeros_like(weights))
+        return Weighting(weights.to(norms), torch.zeros_like(norms))
 
 
 def checked(weighting: Weighting, losses: int, rule: Rule) -> Weighting:
@@ -181,17 +188,28 @@ def checked(weighting: Weighting, losses: int, rule: Rule) -> Weighting:
     return Weighting(*(part.detach() for part in found))
 
 
+def from_past(weighting: Weighting, norms: Tensor) -> Weighting:
+    """The weighting, or 1/K without regularisation where there has been no gradient other than 0.
+
+    Args:
+        weighting: of K losses.
+        norms: moments of the norms, shape ``(K,)``.
+
+    >>> nothing = Weighting(torch.full((2,), torch.nan), torch.zeros(2))
+    >>> from_past(nothing, torch.zeros(2)).weights
+    tensor([0.5000, 0.5000])
+    """
+    seen = norms.any()
+    weights = torch.where(seen, weighting.weights, 1.0 / norms.numel())
+    return Weighting(weights, torch.where(seen, weighting.regularization, 0.0))
+
+
 def slopes(weighting: Weighting, losses: Tensor) -> Tensor:
     """What each gradient is multiplied by: d(κL + κ_reg L²)/dL = κ + 2 κ_reg L, shape ``(K,)``.
 
     Source: paper, Algorithm 2, line 11.
     """
     return weighting.weights + 2.0 * weighting.regularization * losses
-
-
-def seen_any(norms: Tensor) -> Tensor:
-    """Whether there has been a gradient other than 0."""
-    return norms.any()
 
 
 def constants(numbers: Sequence[float], like: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class AuthorsWeights(Rule):
         """
         paper = BisectorProjection(self.regularization)(gramian, norms, prioritized)
         conflict = conflicting(gramian, norms, prioritized)
-        scaled = ~conflict & (norms[0] > 0)  # before any gradient there is no v₁ to scale by
+        scaled = ~conflict & (norms[0] > 0)  # without a gradient there is no v₁ to scale by
         weights = torch.where(scaled, paper.weights * norms[0], paper.weights)
         certified = torch.arange(2, device=norms.device) == 1
         return Weighting(weights, self.regularization * (conflict & certified).to(norms))

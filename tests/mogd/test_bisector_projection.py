@@ -153,13 +153,6 @@ def test_a_zero_moment_takes_no_part_and_stops_nobody(favoured):
     assert not weighting.regularization.any()
 
 
-def test_nothing_seen_weighs_evenly_without_regularisation():
-    for favoured in (0, 1):
-        weighting = weigh(torch.zeros(2, 3, dtype=torch.float64), favoured)
-        assert weighting.weights.tolist() == [0.5, 0.5]
-        assert weighting.regularization.tolist() == [0, 0]
-
-
 scales = st.one_of(st.just(0.0), exponents.map(lambda exponent: 10.0**exponent))
 
 

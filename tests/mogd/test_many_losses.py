@@ -231,11 +231,6 @@ def test_a_favoured_loss_other_than_the_first_is_regularised(favoured, expected)
     assert regularization.sum() == expected
 
 
-def test_nothing_seen_weighs_evenly():
-    weights = weigh(torch.zeros(4, 3, dtype=torch.float64), 2).weights
-    assert weights.tolist() == [0.25] * 4
-
-
 def test_three_losses_train_to_a_point_where_none_falls_without_another_rising():
     # Minima at the corners of a triangle: every point within it is Pareto optimal.
     corners = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])

@@ -5,7 +5,15 @@ import torch
 from torch.testing import assert_close
 from vectors import doubles, gramian, norms, weigh
 
-from mogd import Constant, GramianRule
+from mogd import (
+    BisectorProjection,
+    Constant,
+    Fixed,
+    GramianRule,
+    Rule,
+    UnbiasedMultiGradient,
+    Weighting,
+)
 from mogd.rules import against, conflicting
 
 
@@ -95,7 +103,42 @@ def test_a_function_of_the_gramian_may_answer_in_another_precision():
 def test_a_function_that_inverts_the_gramian_is_not_asked_about_a_singular_one_at_first():
     unseen = torch.zeros(3, 4, dtype=torch.float64)
     weights = weigh(unseen, 0, rule=GramianRule(inverse_diagonal)).weights
-    assert_close(weights, doubles(1 / 3, 1 / 3, 1 / 3))
+    assert_close(weights, doubles(1, 1, 1))
+
+
+class InverseNorms(Rule):
+    """Divides by 0 where there has been no gradient, and regularises there too."""
+
+    def __call__(self, gramian, norms, prioritized):
+        return Weighting(1 / norms, torch.ones_like(norms))
+
+
+@pytest.mark.parametrize(
+    "rule", [BisectorProjection(0.7), inverse_diagonal, InverseNorms(), lambda g: g[0] * torch.nan]
+)
+@pytest.mark.parametrize("losses", [2, 3])
+def test_before_any_gradient_no_rule_is_believed_that_needs_the_past(rule, losses):
+    point = torch.tensor([1.0, 2.0], requires_grad=True)
+    optimizer = UnbiasedMultiGradient([point], lr=0.1, rule=rule, priority=Fixed(1))
+    record = optimizer.backward([(point - k).square().sum() for k in range(losses)])
+    assert record.weights.tolist() == [1 / losses] * losses
+    assert record.factors.tolist() == [1 / losses] * losses  # no regularisation
+    assert not record.conflict
+
+
+def test_a_rule_is_believed_from_the_second_step_on():
+    point = torch.tensor([1.0, 2.0], requires_grad=True)
+    optimizer = UnbiasedMultiGradient([point], lr=0.0, rule=InverseNorms())
+    for _ in range(2):
+        record = optimizer.step(lambda: (2 * point[0], 4 * point[1]))
+    assert record.weights.tolist() == [0.5, 0.25]
+    assert record.regularization.tolist() == [1, 1]
+
+
+def test_constant_weights_need_no_past():
+    point = torch.tensor([1.0, 2.0], requires_grad=True)
+    optimizer = UnbiasedMultiGradient([point], lr=0.1, rule=Constant((3.0, 4.0)))
+    assert optimizer.step(lambda: (point.sum(), point.prod())).weights.tolist() == [3, 4]
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,11 @@ def test_in_conflict_by_hand(favoured, weights):
     assert found.regularization.tolist() == [0, 0.25]  # whichever loss is favoured
 
 
-def test_before_any_gradient_both_weigh_the_same():
-    found = AuthorsWeights()(torch.zeros(2, 2), torch.zeros(2), SECOND)
-    assert found.weights.tolist() == [0.5, 0.5]
-    assert found.regularization.tolist() == [0, 0]
+def test_without_a_gradient_of_the_first_loss_the_second_weighs_as_in_the_paper():
+    gramian, norms = torch.tensor([[0.0, 0.0], [0.0, 4.0]]), torch.tensor([0.0, 2.0])
+    found = AuthorsWeights()(gramian, norms, SECOND)
+    assert found.weights.equal(BisectorProjection()(gramian, norms, SECOND).weights)
+    assert found.weights[1] > 0
 
 
 def test_a_first_loss_without_gradient_leaves_the_papers_weights():
