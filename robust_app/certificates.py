@@ -8,6 +8,7 @@ Boxes may be float64, for a network :func:`in_float64`, or float32: faster and a
 
 import copy
 from collections.abc import Iterable, Iterator
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +87,12 @@ def as_network(x: Tensor, network: nn.Module) -> Tensor:
     """Images in the type of the network's numbers, if these are the same images.
 
     Raises:
+        TypeError: x is no tensor.
         UserError: x is in another type than float32 or, where a network has no parameters, float64;
             or the network is.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor of images, found {type(x).__name__}")
     if not _is_float32(network):
         return x.double()
     has_parameters = next(network.parameters(), None) is not None
@@ -107,8 +111,11 @@ def ball(x: Tensor, epsilon: float) -> Interval:
         epsilon: radius >= 0 in pixels of [0, 1].
 
     Raises:
+        TypeError: ``epsilon`` is no number.
         ValueError: ``epsilon`` is below 0 or NaN, or x is not in [0, 1].
     """
+    if not isinstance(epsilon, Real):
+        raise TypeError(f"epsilon must be a number, got {epsilon!r}")
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be at least 0, got {epsilon}")
     check_images(x)  # of others, the ball within [0, 1] says nothing, or is empty
@@ -201,9 +208,12 @@ def check_labels(labels: Tensor, logits: torch.Size) -> None:
         logits: their shape.
 
     Raises:
+        TypeError: the labels are no tensor.
         ValueError: the labels are of another type or shape, or no classes of the network; or the
             logits are not ``(batch, classes)``.
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor of classes, found {labels!r}")
     if len(logits) != 2:
         raise ValueError(f"expected logits of shape (batch, classes), got {tuple(logits)}")
     images, classes = logits
@@ -211,6 +221,8 @@ def check_labels(labels: Tensor, logits: torch.Size) -> None:
         raise ValueError(
             f"labels: expected torch.int64 of shape ({images},), "
             f"found {labels.dtype} of {tuple(labels.shape)}"
+            + " (a single image, too, is a batch: x[None] and labels[None])"
+            * (labels.ndim == 0)
         )
     if not bool(((labels >= 0) & (labels < classes)).all()):
         found = f"from {labels.min().item()} to {labels.max().item()}"

@@ -100,7 +100,7 @@ def train(
     if stored is not None and config != stored:
         raise UserError(
             f"--resume: the run has {overrides.differences(stored, config)}; leave out what makes "
-            f"it another, or {_instead(directory, stored, config)}"
+            f"it another, or {_instead(directory, stored, config, epochs)}"
         )
     until = min(stop_after or config.total_epochs, config.total_epochs)
     data_root = data_root or directory.data_root()
@@ -158,11 +158,16 @@ def _saying_how_to_continue(directory: RunDirectory) -> Iterator[None]:
         raise ProcessLost(f"{error}; {kept}") from error
 
 
-def _instead(directory: RunDirectory, stored: Config, config: Config) -> str:
+def _instead(directory: RunDirectory, stored: Config, config: Config, epochs: int | None) -> str:
     """What to do for a configuration that a run cannot be resumed with."""
+    path = shlex.quote(str(directory.path))
+    if epochs is not None and config == overrides.with_epochs(stored, epochs):
+        return (
+            "begin one where this is, with the rest of its schedule as it is: "
+            f"robust-app fork {path} --set epochs={epochs}"
+        )
     if any(getattr(stored, name) != getattr(config, name) for name in forking.FIXED):
         return "train another run from its start: no fork may differ in that either"
-    path = shlex.quote(str(directory.path))
     return (
         "begin one where this is, as far as a fork may differ: "
         f"robust-app fork {path} --set KEY=VALUE"
@@ -176,10 +181,10 @@ def _again(directory: RunDirectory) -> str:
 
 
 def _name(recipe: str | None, settings: list[str]) -> str:
-    """Of a run's folder: its recipe's, or without one that of a user's own data."""
+    """Of a run's folder: its recipe's, or without one that of the data."""
     data_sets = [text.partition("=")[2] for text in settings if text.startswith("dataset=")]
-    own = data_sets[-1].partition(":")[2] if data_sets else ""
-    return Path(recipe or own or "digits").stem
+    data_set = data_sets[-1] if data_sets else "digits"
+    return Path(recipe or data_set.rpartition(":")[2] or "digits").stem
 
 
 def _requested(

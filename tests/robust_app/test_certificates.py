@@ -335,6 +335,21 @@ def test_the_exact_verifier_refuses_a_label_that_is_no_class(label):
         decide(nn.Linear(3, 3), torch.rand(3), label, 0.1, time_limit=1.0)
 
 
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_what_is_no_tensor_or_number_is_refused_by_name(verifier):
+    network, x, labels = nn.Sequential(nn.Linear(2, 2)), torch.rand(1, 2), torch.tensor([0])
+    decide_by = VERIFIERS[verifier].decide
+    with pytest.raises(TypeError, match=r"^epsilon must be a number, got '8/255'$"):
+        decide_by(network, x, labels, "8/255", 1.0)
+    if verifier != "exact":  # which is asked image by image
+        with pytest.raises(TypeError, match="x: expected a tensor of images, found ndarray"):
+            decide_by(network, x.numpy(), labels, 0.1, 1.0)
+        with pytest.raises(TypeError, match="labels: expected a tensor of classes, found 0"):
+            decide_by(network, x, 0, 0.1, 1.0)
+        with pytest.raises(ValueError, match=r"labels: .*found torch\.int64 of \(\) \(a single"):
+            decide_by(network, x, labels[0], 0.1, 1.0)
+
+
 def test_logits_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"^expected logits of shape \(batch, classes\)"):
         certified(nn.Identity(), torch.rand(2, 3, 2), torch.tensor([0, 0]), 0.1)

@@ -136,6 +136,13 @@ def test_a_printed_recipe_trains(robust_app, tmp_path):
     assert "run directory: runs/mine-1" in out
 
 
+@pytest.mark.parametrize("given", ["mnist", "npz:./mnist.npz", "idx:data/mnist"])
+def test_a_run_without_a_recipe_is_named_by_its_data(robust_app, given, tmp_path, monkeypatch):
+    monkeypatch.setattr("robust_app.train_command.next_free", lambda _, name: pytest.fail(name))
+    with pytest.raises(pytest.fail.Exception, match=r"^mnist$"):
+        robust_app("train", "--set", f"dataset={given}")
+
+
 def test_printing_an_unknown_recipe_names_the_nearest(robust_app):
     assert_refused(robust_app("recipes", "digit"), "'digit'", "'digits'")
 
