@@ -64,7 +64,8 @@ def agreed(present: Present, last: Record | None, look: bool) -> Present:
         RuntimeError: see :func:`mogd.parallel.agree`.
     """
     losses = present.losses
-    last_weights = torch.zeros_like(losses) if last is None else last.weights
+    known = last is not None and last.weights.shape == losses.shape
+    last_weights = last.weights if last is not None and known else torch.zeros_like(losses)
     return replace(present, losses=parallel.agree(losses, present.norms, last_weights, look))
 
 

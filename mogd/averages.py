@@ -74,9 +74,10 @@ class Averages:
             self._arrange(kept)
 
     def _include(self, parameters: Iterable[Tensor]) -> None:
-        """Give parameters that are new a past of zeros."""
+        """Give parameters that are new a past of zeros; keep up with those cast to another type."""
         new = [parameter for parameter in parameters if parameter not in self._parameters]
-        if new:
+        pairs = zip(self._groups, self._vectors, strict=True)
+        if new or any(_dtype(group[0]) is not averages.dtype for group, averages in pairs):
             self._arrange([*self._parameters, *new])
 
     def _arrange(self, parameters: Iterable[Tensor]) -> None:
@@ -185,8 +186,12 @@ def _vector(gradients: Gradients, group: Sequence[Tensor]) -> Tensor | None:
 
 def _zeros(group: Sequence[Tensor], losses: int) -> Tensor:
     """m̂ of a group, real and at least float32."""
-    dtype = torch.promote_types(group[0].dtype.to_real(), torch.float32)
-    return torch.zeros(losses, sum(map(_entries, group)), dtype=dtype, device=group[0].device)
+    size, device = sum(map(_entries, group)), group[0].device
+    return torch.zeros(losses, size, dtype=_dtype(group[0]), device=device)
+
+
+def _dtype(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype.to_real(), torch.float32)
 
 
 def _entries(parameter: Tensor) -> int:

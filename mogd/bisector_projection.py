@@ -16,6 +16,7 @@ from mogd.rules import (
     against,
     conflicting,
     constants,
+    favoured_with_gradient,
     onto_favoured,
 )
 
@@ -128,7 +129,7 @@ class BisectorProjection(Rule):
     """
 
     regularization: float = 0.5
-    preference: tuple[float, ...] | None = None  # p
+    preference: Sequence[float] | None = None  # p
     length: Literal["mean_norm", "norm_of_mean"] = "mean_norm"
 
     def __post_init__(self) -> None:
@@ -163,11 +164,13 @@ class BisectorProjection(Rule):
                 f"preference must have a number for each of {losses} losses, "
                 f"got {self.preference!r}"
             )
-        conflict = conflicting(gramian, norms, prioritized)
+        # Of two losses, one without a gradient leaves no conflict to project out of.
+        favoured = prioritized if losses == 2 else favoured_with_gradient(norms, prioritized)
+        conflict = conflicting(gramian, norms, favoured)
         lengths = gramian.diagonal().sqrt() if self.length == "norm_of_mean" else norms
         weights = torch.where(
             conflict,
-            projection(gramian, lengths, prioritized),
+            projection(gramian, lengths, favoured),
             bisector(gramian, lengths, self.preference),
         )
         # 0 for the first loss, and 1 for another where a conflict favours it:

@@ -13,6 +13,9 @@ from torch import Tensor
 from mogd.averages import Averages
 from mogd.packs import Gradients
 
+LEAST = torch.finfo(torch.float32).tiny
+"""‖m̂‖ and v̂ below it are those of no gradient: float32 averages that decay never reach 0."""
+
 
 class Moments:
     """m and v of K losses: averages of past gradients and of the norms of past gradients.
@@ -26,8 +29,9 @@ class Moments:
     def __init__(self, decay: tuple[float, float], losses: int, device: torch.device) -> None:
         self.decay, self.losses = decay, losses
         self.count = torch.zeros((), dtype=torch.int64, device=device)
-        # Steps before the first gradient of each loss that is not 0. Not in the paper, where all
-        # begin at once: one that began later would count as small for as long as the past decays.
+        # Steps before the first gradient of each loss that is not 0, since the last one has been
+        # forgotten. Not in the paper, where all begin at once: one that began later would count as
+        # small for as long as the past decays.
         self._late = torch.zeros(losses, dtype=torch.int64, device=device)
         self._exp_avgs = Averages(losses)  # m̂
         self._exp_avg_norms = torch.zeros(losses, dtype=torch.float64, device=device)  # v̂
@@ -63,15 +67,17 @@ class Moments:
             scale: factor by which to multiply the gradients first; 1 if None.
             keep: 0-dim bool tensor; where it is False nothing changes (without asking the device).
         """
-        waiting = (self._late == self.count) & (norms == 0)
         if keep is not None:
-            norms, waiting = torch.where(keep, norms, self._exp_avg_norms), waiting & keep
+            norms = torch.where(keep, norms, self._exp_avg_norms)
         self._exp_avg_norms.lerp_(norms, 1.0 - self.decay[1])
-        self._late += waiting
         self.count += 1 if keep is None else keep
         device = self._exp_avg_gramian.device
         gramian = self._exp_avgs.update(gradients, self.decay[0], device, scale, keep)
+        forgotten = torch.minimum(gramian.diagonal().sqrt(), self._exp_avg_norms) < LEAST
+        gramian = gramian.masked_fill(forgotten, 0.0).masked_fill(forgotten[:, None], 0.0)
         self._exp_avg_gramian.copy_(gramian)
+        self._exp_avg_norms.masked_fill_(forgotten, 0.0)
+        self._late.copy_(torch.where(forgotten, self.count, self._late))
 
     def keep_only(self, parameters: Iterable[Tensor]) -> None:
         """Forget the gradients of all others, which are no longer the optimizer's."""

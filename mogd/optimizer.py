@@ -61,7 +61,8 @@ class UnbiasedMultiGradient(Wrapper):
 
     Attributes:
         base: the optimizer that takes the steps; parameter groups and state are shared with it.
-        last: the :class:`Record` of the last ``backward``, None before the first.
+        last: the :class:`Record` of the last ``backward``, None before the first and after a state
+            was loaded.
         distributed: whether the processes of an initialised ``torch.distributed`` train one model.
 
     Source: Fan & Li, "Adversarial Training and Provable Robustness: A Tale of Two Objectives",
@@ -289,7 +290,8 @@ class UnbiasedMultiGradient(Wrapper):
         guard = Guard(self._guard.policy)
         guard.skipped = torch.tensor(int(state_dict["skipped"]), device="cpu")
         # What gradients there are was of the state before.
-        return {"_past": past, "_guard": guard, "_pending": Pending(self._parameters())}
+        pending = Pending(self._parameters())
+        return {"last": None, "_past": past, "_guard": guard, "_pending": pending}
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_rule", "_priority", "_past", "_guard", "_pending")

@@ -74,13 +74,29 @@ def against(gramian: Tensor, prioritized: Tensor) -> Tensor:
     return opposed & (_indices(gramian) != prioritized)
 
 
+def favoured_with_gradient(norms: Tensor, prioritized: Tensor) -> Tensor:
+    """The favoured loss's index, or that of the first loss with a gradient where it has had none.
+
+    Args:
+        norms: moments of the norms, shape ``(K,)``; 0 before a loss's first gradient.
+        prioritized: index of the favoured loss, 0-dim integer tensor.
+
+    >>> favoured_with_gradient(torch.tensor([0.0, 0.0, 1.0]), torch.tensor(0))
+    tensor(2)
+    """
+    seen = norms > 0
+    has = ((_indices(norms) == prioritized) & seen).any()
+    return torch.where(has, prioritized, seen.byte().argmax())
+
+
 def conflicting(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
     """Whether any loss that had a gradient conflicts with the favoured one (:func:`against`).
 
     Args:
         gramian: inner products of the moments, shape ``(K, K)``.
         norms: moments of the norms, shape ``(K,)``; 0 before a loss's first gradient. Such a loss
-            conflicts with none: the paper divides by this number.
+            conflicts with none, for the paper divides by this number; where it is the favoured one
+            of more than two, the first that has had a gradient is in its place.
         prioritized: index of the favoured loss, 0-dim integer tensor; of two losses it does not
             count.
 
@@ -91,9 +107,9 @@ def conflicting(gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Tensor:
     >>> conflicting(moments @ moments.T, torch.ones(2), prioritized=torch.tensor(0))
     tensor(True)
     """
-    conflict = against(gramian, prioritized).any()
-    # Of more than two, one without a gradient is against none anyway.
-    return conflict & norms.all() if len(norms) == 2 else conflict
+    if len(norms) == 2:
+        return against(gramian, prioritized).any() & norms.all()
+    return against(gramian, favoured_with_gradient(norms, prioritized)).any()
 
 
 @dataclass(frozen=True)
@@ -109,32 +125,27 @@ class Constant(Rule):
     Source: paper, equation 5.
     """
 
-    weights: Sequence[float]
+    weights: Sequence[float] | Tensor
     needs_past: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        given: Any = self.weights.tolist() if isinstance(self.weights, Tensor) else self.weights
         try:
-            weights = torch.as_tensor(self.weights)
-        except (TypeError, ValueError, RuntimeError):
+            weights = torch.as_tensor(given, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             weights = torch.tensor(torch.nan)
-        if (
-            weights.dim() != 1
-            or weights.is_complex()
-            or weights.numel() == 0
-            or not weights.isfinite().all()
-        ):
+        if weights.dim() != 1 or weights.numel() == 0 or not weights.isfinite().all():
             raise ValueError(
                 f"weights must be one finite number for each loss, got {self.weights!r}"
             )
-        # A list's own numbers, which a float32 tensor of them would round:
-        given = weights.tolist() if isinstance(self.weights, Tensor) else self.weights
-        object.__setattr__(self, "weights", tuple(map(float, given)))
+        object.__setattr__(self, "weights", tuple(weights.tolist()))
 
     def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
         if norms.numel() != len(self.weights):
             raise ValueError(
                 f"Constant has weights for {len(self.weights)} losses, got {norms.numel()} losses"
             )
+        assert not isinstance(self.weights, Tensor)  # but a tuple, since it was made
         weights = constants(self.weights, norms)
         return Weighting(weights, torch.zeros_like(weights))
 
@@ -156,8 +167,9 @@ class GramianRule(Rule):
     def __call__(self, gramian: Tensor, norms: Tensor, prioritized: Tensor) -> Weighting:
         identity = torch.eye(norms.numel(), dtype=gramian.dtype, device=gramian.device)
         weights = self.function(torch.where(norms.any(), gramian, identity))
-        if not isinstance(weights, Tensor) or weights.shape != norms.shape:
-            found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        real = isinstance(weights, Tensor) and not weights.is_complex()
+        if not real or weights.shape != norms.shape:
+            found = tuple(weights.shape) if real else _kind(weights)
             raise ValueError(
                 f"rule must return a tensor of {norms.numel()} weights, got {found} "
                 f"from {self.function!r}"
@@ -176,9 +188,9 @@ def checked(weighting: Weighting, losses: int, rule: Rule) -> Weighting:
     if not isinstance(found, tuple | list) or len(found) != 2:
         raise TypeError(f"rule must return a Weighting, got {type(found).__name__} from {rule!r}")
     for name, part in zip(Weighting._fields, found, strict=True):
-        if not isinstance(part, Tensor):
+        if not isinstance(part, Tensor) or part.is_complex():
             raise TypeError(
-                f"rule must return {name} as a tensor, got {type(part).__name__} from {rule!r}"
+                f"rule must return {name} as a real tensor, got {_kind(part)} from {rule!r}"
             )
         if part.shape != (losses,):
             raise ValueError(
@@ -217,5 +229,9 @@ def constants(numbers: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([torch.full_like(like[0], number) for number in numbers])
 
 
-def _indices(gramian: Tensor) -> Tensor:
-    return torch.arange(len(gramian), device=gramian.device)
+def _kind(answer: object) -> str:
+    return str(answer.dtype) if isinstance(answer, Tensor) else type(answer).__name__
+
+
+def _indices(of_losses: Tensor) -> Tensor:
+    return torch.arange(len(of_losses), device=of_losses.device)

@@ -31,8 +31,7 @@ class Wrapper(Optimizer):
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base
-        # Hooks, as of an optimizer that was copied: __init__ would make groups and state, too.
-        super().__setstate__({})
+        self._make_hooks()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its past gradients count as zero."""
@@ -108,7 +107,14 @@ class Wrapper(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._make_hooks()
+
+    def _make_hooks(self) -> None:
+        """Those of an optimizer that was copied: ``__init__`` would make groups and state, too."""
+        options = set(self.defaults)
         super().__setstate__({})
+        for added in self.defaults.keys() - options:  # by torch; the groups lack it
+            del self.defaults[added]
 
     def _itself(self) -> Self:
         """The optimizer that holds the state.

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from vectors import RULE, doubles, gramian, norms, weigh
+from vectors import RULE, doubles, gramian, norms, vectors, weigh
 
 from mogd import BisectorProjection, Fixed, UnbiasedMultiGradient
 from mogd.bisector_projection import bisector
@@ -243,3 +243,35 @@ def test_three_losses_train_to_a_point_where_none_falls_without_another_rising()
     x, y = point.tolist()
     assert min(x, y) > -0.05
     assert x + y < 2.05
+
+
+@pytest.mark.parametrize("losses", [2, 3])
+def test_a_loss_whose_gradient_vanishes_never_takes_the_others_along(losses):
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = UnbiasedMultiGradient([p], lr=0.0, moment_decay=(0.9, 0.9))
+    for step in range(1000):
+        on = 1.0 if step < 20 else 0.0
+        others = [p.sum(), 2 * p[1]][: losses - 1]
+        record = optimizer.step(lambda on=on, others=others: (on * p[0], *others))
+        assert (record.weights[1:] > 0.01).all()
+    assert record.weights[0] == 0
+
+
+def test_a_favoured_loss_without_a_gradient_leaves_its_place_to_the_next():
+    m = doubles([0, 0], [1, 0], [-0.999, 0.01])
+    weighting = weigh(m, 0)
+    as_two = weigh(m[1:], 0)
+    assert_close(weighting.weights[1:], as_two.weights)
+    assert weighting.weights[0] == 0
+    assert weighting.regularization.tolist() == [0, 0, 0]
+    assert conflicting(gramian(m), norms(m), torch.tensor(0))
+    assert weigh(m, 2).weights[2] == 1  # one with a gradient keeps it
+
+
+@given(vectors(3), st.floats(-3, 3))
+def test_opposed_losses_beside_one_without_a_gradient_get_no_huge_weights(first, factor):
+    assume(abs(factor) > 0.1)
+    m = torch.stack([torch.zeros_like(first), first, factor * first])
+    weights = weigh(m, 0).weights
+    lengths = norms(m)
+    assert (weights.abs() <= 2 * max(1.0, *(lengths[1:] / lengths[1:].flip(0)).tolist())).all()

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from twin import inner
 
+from mogd import UnbiasedMultiGradient
 from mogd import packs as module
 from mogd.moments import Moments, bias_corrected
 from mogd.packs import norm
@@ -300,3 +301,43 @@ def test_norm_shows_an_entry_that_is_not_finite(value):
     for entries in ([value, 1.0], [1.0, value]):
         gradients = {q: finite, p: torch.tensor(entries, dtype=torch.float64)}
         assert not norm(gradients, CPU).isfinite()
+
+
+@pytest.mark.parametrize("decay", [(0.9, 0.9), (0.9, 0.99), (0.9, 0.5), (0.5, 0.9)])
+@pytest.mark.parametrize("keep", [None, torch.tensor(True)])
+def test_a_loss_without_a_gradient_for_long_is_forgotten_and_begins_anew(decay, keep):
+    p, gradient, other = parameter(2, torch.float32), torch.tensor([3.0, 4.0]), torch.ones(2)
+    moments, new = Moments(decay, 2, CPU), Moments(decay, 2, CPU)
+    feed(moments, *[[{p: other}, {p: gradient}]] * 20, keep=keep)
+    for _ in range(1200):
+        feed(moments, [{p: other}, {}], keep=keep)
+        lengths = moments.gramian().diagonal().sqrt()
+        assert moments.norms().isfinite().all()
+        assert (lengths <= 1e33 * moments.norms()).all()  # what weights are made of
+    assert moments.norms()[1] == 0
+    assert moments.gramian()[1].tolist() == [0, 0]
+    feed(moments, *[[{p: other}, {p: gradient}]] * 3, keep=keep)
+    feed(new, *[[{p: other}, {p: gradient}]] * 3)
+    assert_close(moments.norms()[1], new.norms()[1])
+    assert_close(moments.gramian()[1, 1], new.gramian()[1, 1])
+
+
+def test_what_is_dropped_forgets_nothing_new():
+    p = parameter(2)
+    moments = Moments((0.9, 0.99), 2, CPU)
+    feed(moments, *[[{p: doubles(1, 1)}, {p: doubles(3, 4)}]] * 3)
+    before = averages(moments)
+    feed(moments, *[[{p: doubles(1, 1)}, {}]] * 2000, keep=torch.tensor(False))
+    assert_same_bits(averages(moments), before)
+
+
+def test_averages_follow_parameters_into_another_type():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = UnbiasedMultiGradient([p], lr=0.0)
+    for _ in range(2):
+        optimizer.step(lambda: (p.sum(), p[0]))
+    p.data = p.data.double()
+    for _ in range(2):
+        record = optimizer.step(lambda: (1e60 * p.sum(), p[0]))
+    assert record.weights.isfinite().all()
+    assert record.gramian[0, 0] > 1e110

@@ -228,6 +228,26 @@ def independent(rank: int, world: int) -> int:
     return int(optimizer.state_dict()["moments"]["count"])
 
 
+def loaded(rank: int, world: int) -> list[float]:
+    """The weights after a state that all have loaded, whatever each did before."""
+    p = nn.Parameter(torch.ones(2))
+    three = [lambda: p.sum(), lambda: 2 * p[0], lambda: p.square().sum()]
+
+    def made(steps: int, losses: int) -> UnbiasedMultiGradient:
+        optimizer = UnbiasedMultiGradient([p], lr=0.0)
+        optimizer.distributed = False
+        for _ in range(steps):
+            optimizer.step(lambda: [loss() for loss in three[:losses]])
+        optimizer.distributed = True
+        return optimizer
+
+    optimizer = made(steps=2 * rank, losses=2)
+    optimizer.load_state_dict(made(steps=3, losses=3).state_dict())
+    record = optimizer.step(lambda: [loss() for loss in three])
+    assert record is not None
+    return record.weights.tolist()
+
+
 class HeadsApart(Network):
     def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
         hidden = self.body(x).tanh()
@@ -346,6 +366,7 @@ CHECKS: dict[str, Callable[[int, int], Any]] = {
     "broken, skip": partial(refused, losses=broken_on_rank_1, nonfinite="skip"),
     "priority of its own": priority_of_its_own,
     "independent": independent,
+    "loaded": loaded,
     "unwrapped": unwrapped,
     "heads of one forward": heads_of_one_forward,
     "used twice": used_twice,
@@ -429,6 +450,12 @@ def test_independent_models_are_allowed_when_said(processes):
     assert [found["independent"] for found in processes] == [2, 3, 4][: len(processes)]
     for found in processes:
         assert "set optimizer.distributed = False" in found["unwrapped"]
+
+
+def test_what_a_process_did_before_all_loaded_a_state_does_not_count(processes):
+    first, *others = (found["loaded"] for found in processes)
+    assert len(first) == 3
+    assert others == [first] * len(others)
 
 
 @pytest.mark.parametrize(("name", "sequence", "steps"), NUMBERS)

@@ -50,7 +50,7 @@ def test_of_several_losses_the_conflicts_of_the_favoured_one_count():
     assert against(gramian(m), torch.tensor(1)).tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (2, -3), [0.25, 0.5, 0.25]])
+@pytest.mark.parametrize("weights", [(1.0,), (2, -3), [0.25, 0.5, 0.25], (1e39, 0.1)])
 def test_constant_weighs_the_same_whatever_the_moments(weights):
     rule = Constant(weights)
     for m in (torch.zeros(len(weights), 2), torch.randn(len(weights), 2)):
@@ -62,7 +62,19 @@ def test_constant_weighs_the_same_whatever_the_moments(weights):
 
 @pytest.mark.parametrize(
     "weights",
-    [(), [math.nan], (1.0, math.inf), 0.5, 0.0, [[1.0, 2.0]], (1, "a"), None, "a", [1j, 1.0]],
+    [
+        (),
+        [math.nan],
+        (1.0, math.inf),
+        0.5,
+        0.0,
+        [[1.0, 2.0]],
+        (1, "a"),
+        None,
+        "a",
+        [1j, 1.0],
+        (10**400, 1),
+    ],
 )
 def test_constant_refuses_what_is_no_list_of_finite_numbers(weights):
     with pytest.raises(ValueError, match="weights must be one finite number for each loss"):
@@ -148,6 +160,7 @@ def test_constant_weights_need_no_past():
         (torch.ones(2, 1), r"\(2, 1\)"),
         (torch.ones(()), r"\(\)"),
         ([0.5, 0.5], "list"),
+        (torch.ones(2) * 1j, r"torch\.complex64"),
         (None, "NoneType"),
     ],
 )

@@ -492,6 +492,34 @@ def test_resume_keeps_the_bits_where_losses_touch_different_parameters(seed):
         assert torch.equal(one.weights, other.weights)
 
 
+def test_there_is_no_record_of_a_step_that_another_optimizer_took():
+    model, optimizer = trained()
+    assert optimizer.last is not None
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.last is None
+    optimizer.backward([loss.sum() for loss in (model[0].weight, model[0].bias)])
+    assert optimizer.last is not None
+
+
+class Plain(torch.optim.Optimizer):
+    """As those of users: without options that torch's own have."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        raise NotImplementedError
+
+
+def test_wrapping_gives_groups_that_are_added_no_option_that_the_first_lack():
+    one, other = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    both = UnbiasedMultiGradient([{"params": [one]}, {"params": [other]}], Plain, lr=0.1)
+    late = UnbiasedMultiGradient([one], Plain, lr=0.1)
+    late.add_param_group({"params": [other]})
+    assert [sorted(group) for group in late.param_groups] == [["lr", "params"]] * 2
+    late.load_state_dict(both.state_dict())
+
+
 def test_groups_and_state_stay_the_bases_whoever_replaces_them():
     model, optimizer = trained()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
