@@ -189,7 +189,7 @@ def _batch_norm(layer: Any, box: Interval) -> Tensor:
     # A sum, a reciprocal square root to 2 units, a product; then the shift's and the result's.
     error = rounded(9, scale * inputs + bias)
     # The product may underflow or overflow although what comes of it does not.
-    return error + rounded(0, scale) + inputs * UNDERFLOW
+    return torch.where(scale < OVERFLOW, error + inputs * UNDERFLOW, torch.inf)
 
 
 @_RULES.of(
@@ -230,7 +230,7 @@ _RULES.of(nn.Softshrink)(_smooth(lambda layer: layer.lambd))
 def _softplus(layer: nn.Softplus, box: Interval) -> Tensor:
     if layer.threshold > 80:
         raise _RULES.unsupported(layer, "up to a threshold above 80 it may overflow")
-    return rounded(ROUNDINGS_OF_FUNCTIONS, 1 + 1 / abs(layer.beta) + box.magnitude)
+    return rounded(ROUNDINGS_OF_FUNCTIONS, 1 / abs(layer.beta) + box.magnitude)
 
 
 @_RULES.of(nn.CELU)

@@ -15,7 +15,6 @@ SLOWER = "the same answers, of more work"
 
 HARMLESS: dict[tuple[str, str, str], str] = {
     ("rounding", "", "1 + abs(layer.alpha) → abs(layer.alpha)"): TO_SPARE,
-    ("rounding", "", "1 + 1 / abs(layer.beta) → 1 / abs(layer.beta)"): TO_SPARE,
     ("rounding", "_mean", "pixels + 1 → pixels"): MEAN,
     ("rounding", "_adaptive_average", "-2 → 2"): IMAGES,
     ("rounding", "_batch_norm", "layer.running_var + layer.eps → layer.running_var"): LOOSER,

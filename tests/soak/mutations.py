@@ -47,6 +47,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 TESTS = (
     "bounds",
     "certificates",
+    "counterexamples",
     "crown",
     "exact",
     "fused",
