@@ -3,7 +3,7 @@
 Of a parameter that processes share, each keeps the averages of its own part.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,12 @@ from torch import Tensor
 
 from mogd.packs import Doubles, Gradients, block_size, groups, joined
 from mogd.shards import Sum, is_divided_as, local, stacked, stacked_shape
+
+LEAST: Mapping[torch.dtype, float] = {
+    torch.float32: torch.finfo(torch.float32).tiny,
+    torch.float64: 1e-150,  # whose square float64 holds
+}
+"""The least norm that averages of a type tell from 0."""
 
 
 class Averages:
@@ -66,6 +72,21 @@ class Averages:
                 part += (double @ double.T).to(part.device)
         return gramian.total()
 
+    @property
+    def least(self) -> float:
+        """Norms below it are those of no gradient: averages that decay never reach 0."""
+        dtypes = {averages.dtype for averages in self._vectors} or {torch.float32}
+        return max(LEAST[dtype] for dtype in dtypes)
+
+    def forget(self, losses: Tensor) -> None:
+        """Set those of some losses to 0.
+
+        Args:
+            losses: which, bool ``(K,)``.
+        """
+        for averages in self._vectors:
+            averages.masked_fill_(losses[:, None].to(averages.device), 0.0)
+
     def keep_only(self, parameters: Iterable[Tensor]) -> None:
         """Forget the gradients of all others."""
         present = set(parameters)
@@ -77,7 +98,8 @@ class Averages:
         """Give parameters that are new a past of zeros; keep up with those cast to another type."""
         new = [parameter for parameter in parameters if parameter not in self._parameters]
         pairs = zip(self._groups, self._vectors, strict=True)
-        if new or any(_dtype(group[0]) is not averages.dtype for group, averages in pairs):
+        cast = (_dtype(each) is not averages.dtype for group, averages in pairs for each in group)
+        if new or any(cast):
             self._arrange([*self._parameters, *new])
 
     def _arrange(self, parameters: Iterable[Tensor]) -> None:

@@ -175,7 +175,7 @@ class BisectorProjection(Rule):
         )
         # 0 for the first loss, and 1 for another where a conflict favours it:
         indices = torch.arange(losses, device=norms.device)
-        regularized = (indices > 0) & (indices == prioritized) & conflict
+        regularized = (indices > 0) & (indices == prioritized) & (norms > 0) & conflict
         return Weighting(
             weights,
             self.regularization * regularized.to(norms),

@@ -13,9 +13,6 @@ from torch import Tensor
 from mogd.averages import Averages
 from mogd.packs import Gradients
 
-LEAST = torch.finfo(torch.float32).tiny
-"""‖m̂‖ and v̂ below it are those of no gradient: float32 averages that decay never reach 0."""
-
 
 class Moments:
     """m and v of K losses: averages of past gradients and of the norms of past gradients.
@@ -73,11 +70,24 @@ class Moments:
         self.count += 1 if keep is None else keep
         device = self._exp_avg_gramian.device
         gramian = self._exp_avgs.update(gradients, self.decay[0], device, scale, keep)
-        forgotten = torch.minimum(gramian.diagonal().sqrt(), self._exp_avg_norms) < LEAST
-        gramian = gramian.masked_fill(forgotten, 0.0).masked_fill(forgotten[:, None], 0.0)
         self._exp_avg_gramian.copy_(gramian)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let losses begin anew of whose gradients nothing is left.
+
+        Not in the paper: m of a gradient that vanished decays until float32 holds it no longer, and
+        stops there, while v goes on; weights, which divide by v, would grow without bound.
+        """
+        left = self._exp_avg_norms
+        if self.decay[0] > 0:  # else m is of the last step alone
+            left = torch.minimum(left, self._exp_avg_gramian.diagonal().sqrt())
+        forgotten = left < self._exp_avgs.least
         self._exp_avg_norms.masked_fill_(forgotten, 0.0)
+        self._exp_avg_gramian.masked_fill_(forgotten, 0.0).masked_fill_(forgotten[:, None], 0.0)
         self._late.copy_(torch.where(forgotten, self.count, self._late))
+        if self.decay[0] > self.decay[1]:  # where v is gone first, there is an m that counts
+            self._exp_avgs.forget(forgotten)
 
     def keep_only(self, parameters: Iterable[Tensor]) -> None:
         """Forget the gradients of all others, which are no longer the optimizer's."""

@@ -44,6 +44,7 @@ class Record:
     def conflict(self) -> Tensor:
         """Whether any loss's moment conflicted with the favoured one's, 0-dim bool.
 
+        Of more than two losses, where that has had no gradient, with the first one's that has.
         See :func:`mogd.rules.conflicting`.
         """
         return conflicting(self.gramian, self.norms, self.prioritized)

@@ -81,6 +81,9 @@ def favoured_with_gradient(norms: Tensor, prioritized: Tensor) -> Tensor:
         norms: moments of the norms, shape ``(K,)``; 0 before a loss's first gradient.
         prioritized: index of the favoured loss, 0-dim integer tensor.
 
+    Returns:
+        0-dim integer tensor; 0 where no loss has had one.
+
     >>> favoured_with_gradient(torch.tensor([0.0, 0.0, 1.0]), torch.tensor(0))
     tensor(2)
     """
@@ -131,7 +134,8 @@ class Constant(Rule):
     def __post_init__(self) -> None:
         given: Any = self.weights.tolist() if isinstance(self.weights, Tensor) else self.weights
         try:
-            weights = torch.as_tensor(given, dtype=torch.float64)
+            complex_ = torch.as_tensor(given).is_complex()
+            weights = torch.as_tensor([] if complex_ else given, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             weights = torch.tensor(torch.nan)
         if weights.dim() != 1 or weights.numel() == 0 or not weights.isfinite().all():

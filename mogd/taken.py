@@ -22,7 +22,7 @@ class Taken:
     others write, are seen on the CPU alone: elsewhere looking would wait for the device.
 
     Args:
-        parameters: a step was taken along the gradients that these have now.
+        parameters: the gradients that these have now may be replaced.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:

@@ -31,7 +31,8 @@ class Wrapper(Optimizer):
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base
-        self._make_hooks()
+        # Hooks, as of an optimizer that was copied: __init__ would make groups and state, too.
+        super().__setstate__({})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its past gradients count as zero."""
@@ -91,6 +92,7 @@ class Wrapper(Optimizer):
         """Check that the groups which were loaded have the options of those before."""
         groups = zip(options, self.param_groups, strict=True)
         lacking = set().union(*(names - set(group) for names, group in groups))
+        lacking.discard("differentiable")  # which torch adds to the defaults of any base
         if lacking:
             raise ValueError(
                 f"state_dict is of another base, or an older one: its param_groups lack options "
@@ -107,14 +109,7 @@ class Wrapper(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._make_hooks()
-
-    def _make_hooks(self) -> None:
-        """Those of an optimizer that was copied: ``__init__`` would make groups and state, too."""
-        options = set(self.defaults)
         super().__setstate__({})
-        for added in self.defaults.keys() - options:  # by torch; the groups lack it
-            del self.defaults[added]
 
     def _itself(self) -> Self:
         """The optimizer that holds the state.

@@ -109,7 +109,7 @@ def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, interval: Interval) -> I
     if layer.running_var is None:
         raise _RULES.unsupported(layer, "it has no running statistics")
     scale = torch.rsqrt(layer.running_var + layer.eps)
-    if layer.affine:
+    if layer.weight is not None:
         scale = scale * layer.weight.abs()
     return Interval(layer(interval.center), interval.radius * _per_channel(scale, interval))
 

@@ -3,23 +3,22 @@
 Interval bounds of real numbers say nothing about a network of rounded ones. Here the box at each
 layer holds what the layers before it *compute*, for every float32 image of the ball: it is widened
 by what float32 may round (:mod:`robust_app.rounding`), and so that its own rounding does no harm.
-Boxes may be float64, for a network :func:`in_float64`, or float32: faster and a little wider.
+Boxes may be float64, for a network :func:`~robust_app.plain_networks.in_float64`, or float32:
+faster and a little wider.
 """
 
-import copy
 from collections.abc import Iterable, Iterator
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from robust_app.bounds import propagate
-from robust_app.errors import UserError
 from robust_app.interval import Computed, Interval, check_images
 from robust_app.layer_rules import by_rule, is_plainly
 from robust_app.layers import Residual
 from robust_app.margins import layer_inputs, margin_bounds, margins_after
+from robust_app.plain_networks import as_network, in_float64
 from robust_app.precision import plain_float32
 from robust_app.rounding import rounded, rounding_error
 
@@ -33,76 +32,6 @@ SPARE = {torch.float64: 2.0**-50, torch.float32: 2.0**-21}
 """More than the ends of pixels are rounded by here, by the type that they are computed in."""
 
 
-def in_float64(network: nn.Module) -> nn.Module:
-    """A copy with the same numbers in float64, also those that layers keep as Python's floats.
-
-    Raises:
-        UserError: some are narrower than float32, which the bounds of rounding are not for; or a
-            layer has hooks or parametrizations, and may compute anything.
-
-    >>> in_float64(nn.LeakyReLU(0.1)).negative_slope  # as float32 has it
-    0.10000000149011612
-    """
-    _check_plain(network)
-    float32 = _is_float32(network)
-    exact = copy.deepcopy(network).double()
-    if float32:
-        for layer in exact.modules():
-            for name, value in vars(layer).items():
-                if isinstance(value, float):
-                    setattr(layer, name, torch.tensor(value, dtype=torch.float32).item())
-    return exact
-
-
-def _is_float32(network: nn.Module) -> bool:
-    """Whether its numbers are float32, not float64; of a network without any, true."""
-    kinds = {
-        tensor.dtype: name
-        for name, tensor in network.state_dict().items()
-        if tensor.is_floating_point()
-    }
-    for dtype in kinds.keys() - {torch.float32, torch.float64}:
-        raise UserError(
-            f"network: certificates are of networks in float32, found {kinds[dtype]} in {dtype}"
-        )
-    if len(kinds) > 1:
-        found = " and ".join(f"{name} in {dtype}" for dtype, name in kinds.items())
-        raise UserError(f"network: expected numbers of one type, found {found}")
-    return torch.float64 not in kinds
-
-
-def _check_plain(network: nn.Module) -> None:
-    """Refuse what makes a layer compute something else than its type does."""
-    for name, layer in network.named_modules():
-        hooks = layer._forward_hooks or layer._forward_pre_hooks
-        if hooks or is_parametrized(layer):
-            what = "hooks" if hooks else "parametrizations"
-            raise UserError(
-                f"network: certificates are of layers that compute what their type does, found "
-                f"{what} on {name or 'the network'}; remove them first"
-            )
-
-
-def as_network(x: Tensor, network: nn.Module) -> Tensor:
-    """Images in the type of the network's numbers, if these are the same images.
-
-    Raises:
-        TypeError: x is no tensor.
-        UserError: x is in another type than float32 or, where a network has no parameters, float64;
-            or the network is.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor of images, found {type(x).__name__}")
-    if not _is_float32(network):
-        return x.double()
-    has_parameters = next(network.parameters(), None) is not None
-    allowed = (torch.float32,) if has_parameters else (torch.float32, torch.float64)
-    if x.dtype not in allowed:
-        expected = " or ".join(map(str, allowed))
-        raise UserError(f"x: expected {expected} as the network is, found {x.dtype}")
-    return x
-
-
 def ball(x: Tensor, epsilon: float) -> Interval:
     """The float32 images that an attack may take for those within ε of x.
 
@@ -114,10 +43,11 @@ def ball(x: Tensor, epsilon: float) -> Interval:
         TypeError: ``epsilon`` is no number.
         ValueError: ``epsilon`` is below 0 or NaN, or x is not in [0, 1].
     """
-    if not isinstance(epsilon, Real):
+    if not isinstance(epsilon, Real) or isinstance(epsilon, bool):
         raise TypeError(f"epsilon must be a number, got {epsilon!r}")
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be at least 0, got {epsilon}")
+    epsilon = float(epsilon)  # numpy's would round the sum to their type
     check_images(x)  # of others, the ball within [0, 1] says nothing, or is empty
     box = Interval.around(x, epsilon + ENDS)
     return Interval(box.center, box.radius + SPARE[x.dtype])
@@ -221,7 +151,7 @@ def check_labels(labels: Tensor, logits: torch.Size) -> None:
         raise ValueError(
             f"labels: expected torch.int64 of shape ({images},), "
             f"found {labels.dtype} of {tuple(labels.shape)}"
-            + " (a single image, too, is a batch: x[None] and labels[None])"
+            + " (a single one is labels[None])"
             * (labels.ndim == 0)
         )
     if not bool(((labels >= 0) & (labels < classes)).all()):
@@ -253,7 +183,7 @@ def certified(network: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> 
     Raises:
         UnsupportedLayer, ValueError: see :func:`enclose`, :func:`ball`, :func:`computed_margins`
             and :func:`robust_app.margins.margin_bounds`.
-        UserError: see :func:`in_float64`.
+        UserError: see :func:`~robust_app.plain_networks.in_float64`.
 
     >>> certified(nn.Identity(), torch.tensor([[0.8, 0.4]]), torch.tensor([0]), 0.1)
     tensor([True])

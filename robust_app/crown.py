@@ -15,16 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from robust_app.certificates import (
-    as_network,
-    ball,
-    check_labels,
-    enclosures,
-    in_float64,
-)
+from robust_app.certificates import ball, check_labels, enclosures
 from robust_app.crown_margins import crown_margins
 from robust_app.interval import check_images
 from robust_app.layers import applied
+from robust_app.plain_networks import as_network, in_float64
 from robust_app.precision import plain_float32
 from robust_app.tightening import (
     TIGHTEST,

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from robust_app.attacks import pgd
-from robust_app.certificates import as_network, ball, check_labels, in_float64
+from robust_app.certificates import ball, check_labels
 from robust_app.constraints import add_network, in_variables
 from robust_app.crown_margins import crown_margins, margin_bound
 from robust_app.interval import ball_ends
 from robust_app.layers import applied
+from robust_app.plain_networks import as_network, in_float64
 from robust_app.precision import plain_float32
 from robust_app.programming import TOLERANCE, Program
 from robust_app.tightening import TIGHTEST, Problem
@@ -84,8 +85,9 @@ def decide(
             bounds that take longer finish.
 
     Raises:
-        UserError: SciPy is not installed; see also :func:`~robust_app.certificates.as_network` and
-            :func:`~robust_app.certificates.in_float64`.
+        TypeError: the image is no tensor.
+        UserError: SciPy is not installed; see also :func:`~robust_app.plain_networks.as_network`
+            and :func:`~robust_app.plain_networks.in_float64`.
         UnsupportedLayer: a layer that ``crown`` cannot relax.
         ValueError: the image is not in [0, 1], the radius below 0 or NaN, or the label no class of
             the network.
@@ -94,7 +96,7 @@ def decide(
     Decision(verdict=<Verdict.CERTIFIED: 'certified'>, counterexample=None)
     """
     deadline = time.monotonic() + time_limit
-    x, labels = as_network(image.unsqueeze(0), network), torch.tensor([label])
+    x, labels = as_network(image, network).unsqueeze(0), torch.tensor([label])
     program = Program()
     check_labels(labels, applied(network, x).shape)
     problem = Problem.of(in_float64(network).cpu(), ball(x.double().cpu(), epsilon), labels)

@@ -1,5 +1,6 @@
 """Rules for layers by their type: what boxes and linear bounds have in common."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,12 @@ class UnsupportedLayer(UserError, TypeError):
 _CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 """By which a module's forward is called."""
 
+_SPECIAL = {*_CALLS, "__getattr__", "__getattribute__", "__iter__", "__len__", "__getitem__"}
+"""Members with special names that an evaluation of a layer may read."""
+
+_IDLE = {"extra_repr", "reset_parameters"}
+"""Members that none reads."""
+
 
 def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
     """Whether ``layer`` computes what ``kind`` does: nobody gave it another forward or __call__.
@@ -61,6 +68,27 @@ def flattened(network: nn.Module) -> list[nn.Module]:
     return [layer for child in network for layer in flattened(child)]
 
 
+def rule_owner(function: Any, layer: nn.Module) -> type:
+    """The class that the rule is registered for which a dispatch takes; ``object`` without."""
+    return next(kind for kind in type(layer).__mro__ if kind in function.registry)
+
+
+def overridden(layer: nn.Module, kind: type) -> set[str]:
+    """By which members a layer may compute something else than its base class ``kind`` does.
+
+    Of those that ``kind`` has, its class or the layer itself has others; or its class has
+    properties, which may stand for numbers. Of a class that overrides ``forward``, see
+    :func:`by_rule`.
+    """
+    mine = type(layer).__mro__[: type(layer).__mro__.index(kind)]
+    others = [base for base in mine if base is not small_patches.Conv2d]
+    members = {name: value for base in others for name, value in vars(base).items()}
+    of_kind = set().union(*(vars(base) for base in kind.__mro__ if base is not nn.Module))
+    read = {name for name in of_kind - _IDLE if not name.startswith("__")} | _SPECIAL
+    found = (members.keys() - {"forward"} | vars(layer).keys()) & read
+    return found | {name for name, value in members.items() if inspect.isdatadescriptor(value)}
+
+
 def by_rule(function: Any, layer: nn.Module, *rest: Any) -> Any:
     """``function(layer, *rest)`` by a rule that was registered for the layer's own forward.
 
@@ -74,8 +102,9 @@ def by_rule(function: Any, layer: nn.Module, *rest: Any) -> Any:
     Raises:
         UnsupportedLayer: the rule is of a base class whose forward the layer's class overrides.
     """
-    kind: Any = next(kind for kind in type(layer).__mro__ if kind in function.registry)
-    if kind is not object and type(layer).forward is not kind.forward:
+    kind: Any = rule_owner(function, layer)
+    forward = getattr(kind, "forward", None)  # a rule for a class without is for any
+    if forward is not None and type(layer).forward is not forward:
         raise Rules(function, "rule of its own").overriding(layer, kind)
     return function(layer, *rest)
 

@@ -9,6 +9,7 @@ that are 0, and so the inputs that a ReLU has switched off, are not rounded and 
 Nobody promises as much for Winograd's or Fourier convolutions, which cuDNN may choose, or for TF32.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import singledispatch
 from typing import Any
@@ -87,7 +88,7 @@ def rounding_error(layer: nn.Module, box: Interval) -> Tensor | None:
 
     Args:
         layer: with the box's type of numbers, in evaluation mode;
-            see :func:`~robust_app.certificates.in_float64`.
+            see :func:`~robust_app.plain_networks.in_float64`.
         box: of the layer's inputs, ``(batch, ...)``.
 
     Returns:
@@ -169,7 +170,9 @@ def _mean(layer: nn.Module, box: Interval, pixels: int, divisor: int) -> Tensor:
 
 @_RULES.of(Normalize)
 def _normalize(layer: Normalize, box: Interval) -> Tensor:
-    return rounded(2, (box.magnitude + layer.mean.abs()) / layer.std.abs())
+    difference = box.magnitude + layer.mean.abs()
+    error = rounded(2, difference / layer.std.abs())
+    return torch.where(difference < OVERFLOW, error, torch.inf)
 
 
 @_RULES.of(ElementwiseAffine)
@@ -179,17 +182,20 @@ def _elementwise(layer: ElementwiseAffine, box: Interval) -> Tensor:
 
 @_RULES.of(BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 def _batch_norm(layer: Any, box: Interval) -> Tensor:
-    scale = torch.rsqrt(layer.running_var + layer.eps)
-    mean, bias = layer.running_mean.abs(), torch.zeros_like(scale)
+    variance = layer.running_var + layer.eps
+    scale, bias = torch.rsqrt(variance), torch.zeros_like(variance)
     if layer.weight is not None:
-        scale, bias = scale * layer.weight.abs(), layer.bias.abs()
+        scale = scale * layer.weight.abs()
+    if layer.bias is not None:
+        bias = layer.bias.abs()
+    in_range = (variance < OVERFLOW) & (scale < OVERFLOW)
     per_channel = (-1, *[1] * (box.center.ndim - 2))
-    scale, mean, bias = (values.view(per_channel) for values in (scale, mean, bias))
-    inputs = box.magnitude + mean
+    scale, bias, in_range = (values.view(per_channel) for values in (scale, bias, in_range))
+    inputs = box.magnitude + layer.running_mean.abs().view(per_channel)
     # A sum, a reciprocal square root to 2 units, a product; then the shift's and the result's.
     error = rounded(9, scale * inputs + bias)
-    # The product may underflow or overflow although what comes of it does not.
-    return torch.where(scale < OVERFLOW, error + inputs * UNDERFLOW, torch.inf)
+    # The scale may underflow or overflow although what comes of it does not.
+    return torch.where(in_range, error + inputs * UNDERFLOW, torch.inf)
 
 
 @_RULES.of(
@@ -228,6 +234,8 @@ _RULES.of(nn.Softshrink)(_smooth(lambda layer: layer.lambd))
 
 @_RULES.of(nn.Softplus)
 def _softplus(layer: nn.Softplus, box: Interval) -> Tensor:
+    if not 0 < abs(layer.beta) < math.inf:
+        raise _RULES.unsupported(layer, "its beta is 0 or not finite")
     if layer.threshold > 80:
         raise _RULES.unsupported(layer, "up to a threshold above 80 it may overflow")
     return rounded(ROUNDINGS_OF_FUNCTIONS, 1 / abs(layer.beta) + box.magnitude)

@@ -44,7 +44,7 @@ class Problem:
 
     @classmethod
     def of(cls, network: nn.Module, box: Interval, labels: Tensor) -> "Problem":
-        """What interval bounds know; the network is :func:`~.certificates.in_float64`."""
+        """What interval bounds know; the network is :func:`~.plain_networks.in_float64`."""
         trace = tuple(enclosures(network, box))
         margins, errors = computed_margins(*trace[-1], labels)
         return cls(trace, labels, errors, margins)

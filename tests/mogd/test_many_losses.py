@@ -266,6 +266,8 @@ def test_a_favoured_loss_without_a_gradient_leaves_its_place_to_the_next():
     assert weighting.regularization.tolist() == [0, 0, 0]
     assert conflicting(gramian(m), norms(m), torch.tensor(0))
     assert weigh(m, 2).weights[2] == 1  # one with a gradient keeps it
+    last = m[[1, 2, 0]]  # in conflict, which it has no part in
+    assert weigh(last, 2).regularization.tolist() == [0, 0, 0]
 
 
 @given(vectors(3), st.floats(-3, 3))

@@ -322,6 +322,35 @@ def test_a_loss_without_a_gradient_for_long_is_forgotten_and_begins_anew(decay, 
     assert_close(moments.gramian()[1, 1], new.gramian()[1, 1])
 
 
+@pytest.mark.parametrize("decay", [(0.999, 0.9), (0.99, 0.5), (0.9, 0.9), (0.5, 0.9)])
+def test_a_loss_is_as_new_right_after_it_was_forgotten(decay):
+    p, gradient, other = parameter(2, torch.float32), torch.tensor([3.0, 4.0]), torch.ones(2)
+    moments, new = Moments(decay, 2, CPU), Moments(decay, 2, CPU)
+    feed(moments, *[[{p: other}, {p: -gradient}]] * 5)
+    while moments.norms()[1] > 0:
+        feed(moments, [{p: other}, {}])
+    feed(moments, [{p: other}, {p: gradient}])
+    feed(new, [{p: other}, {p: gradient}])
+    assert_close(moments.norms()[1], new.norms()[1])
+    assert_close(moments.gramian()[1, 1], new.gramian()[1, 1])
+
+
+def test_without_a_decay_of_gradients_a_step_without_one_is_not_the_end_of_the_norms():
+    p = parameter(2)
+    moments = Moments((0.0, 0.5), 1, CPU)
+    feed(moments, [{p: doubles(3, 4)}], [{}], [{p: doubles(3, 4)}])
+    assert_close(moments.norms(), doubles(5 * (0.125 + 0.5) / 0.875))
+
+
+@pytest.mark.parametrize("size", [1e-140, 1e-60])
+def test_small_gradients_in_float64_are_not_forgotten(size):
+    p = parameter(2)
+    moments = Moments((0.9, 0.99), 1, CPU)
+    feed(moments, [{p: size * doubles(3, 4)}])
+    assert_close(moments.norms() / size, doubles(5))
+    assert_close(moments.gramian()[0] / size / size, doubles(25))
+
+
 def test_what_is_dropped_forgets_nothing_new():
     p = parameter(2)
     moments = Moments((0.9, 0.99), 2, CPU)

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -74,6 +75,8 @@ def test_constant_weighs_the_same_whatever_the_moments(weights):
         "a",
         [1j, 1.0],
         (10**400, 1),
+        np.array([1j, 1.0]),
+        torch.ones(2) * 1j,
     ],
 )
 def test_constant_refuses_what_is_no_list_of_finite_numbers(weights):

@@ -3,18 +3,22 @@
 import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
+from robust_app.batch_norm import BatchNorm
 from robust_app.bounds import propagate
-from robust_app.certificates import certified
+from robust_app.certificates import ball, certified
 from robust_app.errors import UserError
 from robust_app.evaluation import evaluate, misclassified, standard_and_certified
 from robust_app.exact import decide
 from robust_app.interval import Interval
 from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import ElementwiseAffine, Normalize, Residual, applied
+from robust_app.plain_networks import in_float64
 from robust_app.pullback import pull_back, pull_back_affine
 from robust_app.rounding import rounding_error
 from robust_app.verifiers import VERIFIERS
@@ -160,7 +164,7 @@ def test_layers_that_are_called_in_another_way_are_refused(verifier, of):
         layer._call_impl = lambda x: -x
     network = nn.Sequential(linear([[1.0]], [0.0]), layer, linear([[1.0], [0.0]], [0.0, 0.0]))
     assert network(torch.tensor([[0.5]])).argmax(1) == 1
-    with pytest.raises(UnsupportedLayer, match="it was given a forward or __call__ of its own"):
+    with pytest.raises(UserError, match=r"members of its own \(_call_impl\) on 1"):
         VERIFIERS[verifier].decide(network, torch.tensor([[0.5]]), LABEL, 0.1, 1.0)
 
 
@@ -202,8 +206,7 @@ def test_a_scale_that_overflows_is_not_multiplied_back():
     assert_refuted(network, 0.5, 0.5, 0.1)
 
 
-@pytest.mark.parametrize("verifier", ["ibp", "crown-ibp"])
-def test_a_softplus_that_may_overflow_is_refused(verifier):
+def test_a_softplus_that_may_overflow_is_refused():
     softplus, x = nn.Softplus(threshold=200.0), torch.ones(1, 1)
     assert softplus(89 * x).item() == math.inf
     network = nn.Sequential(linear([[88.0]], [0.0]), softplus, linear([[-0.1], [1]], [150.0, 0]))
@@ -246,3 +249,166 @@ def test_numbers_of_two_types_are_refused():
     for verifier in VERIFIERS.values():
         with pytest.raises(UserError, match=f"network: expected numbers of one type, {found}"):
             verifier.decide(network, torch.rand(1, 2), LABEL, 0.1, 1.0)
+
+
+class Rounded(nn.Linear):
+    """Of a weight that is rounded, which nobody counts."""
+
+    def __init__(self, weight):
+        super().__init__(len(weight[0]), len(weight), bias=False)
+        del self.weight
+        self.raw = nn.Parameter(torch.tensor(weight))
+
+    @property
+    def weight(self) -> Tensor:
+        return (self.raw + 2.0**23) - 2.0**23
+
+
+class OwnChain(nn.Sequential):
+    """Runs layers that are no children of its, the last with a hook."""
+
+    def __iter__(self):
+        return iter([nn.Identity()])
+
+
+def hooked_backward() -> nn.Module:
+    pool = nn.AdaptiveAvgPool2d(1)
+    pool.register_full_backward_hook(lambda _, given, __: given)
+    return nn.Sequential(pool, nn.Flatten())
+
+
+def given(layer: nn.Module, name: str, value: object) -> nn.Module:
+    setattr(layer, name, value)
+    return layer
+
+
+COMPUTING_ANYTHING = {
+    "a property": (lambda: Rounded([[1.4, 0.0], [0.0, 0.6]]), r"members of its own \(weight\)"),
+    "another iterator": (lambda: OwnChain(nn.ReLU()), r"members of its own \(__iter__\)"),
+    "a hook for gradients": (hooked_backward, "hooks"),
+    "a compiled call": (
+        lambda: given(nn.ReLU(), "_compiled_call_impl", lambda x: -x),
+        r"what \.compile\(\) made",
+    ),
+    "a tensor that is a number": (
+        lambda: given(nn.LeakyReLU(), "negative_slope", torch.tensor(0.1).double()),
+        r"tensors that are neither .* \(negative_slope\)",
+    ),
+    "a user's layer with another forward": (
+        lambda: given(Halved(), "forward", lambda x: -x),
+        r"members of its own \(forward\)",
+    ),
+}
+
+
+@pytest.mark.usefixtures("rules_for_halved")
+@pytest.mark.parametrize("verifier", VERIFIERS)
+@pytest.mark.parametrize("how", COMPUTING_ANYTHING)
+def test_layers_that_may_compute_anything_are_refused(how, verifier):
+    make, found = COMPUTING_ANYTHING[how]
+    network = nn.Sequential(make()).eval()
+    with pytest.raises(UserError, match=f"found {found}"):
+        VERIFIERS[verifier].decide(network, torch.rand(1, 2), LABEL, 0.1, 1.0)
+
+
+def test_what_computes_the_same_is_no_addition():
+    class Plain(nn.Linear):
+        constant: int = 3
+
+        def reset_parameters(self) -> None:
+            nn.init.eye_(self.weight)
+
+        def helper(self) -> int:
+            return 1
+
+    network, x = nn.Sequential(Plain(2, 2, bias=False)), torch.tensor([[0.9, 0.1]])
+    assert set(proofs(network, x, 0.1)) == set(VERIFIERS)
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_hooks_for_all_modules_are_refused(verifier):
+    network = nn.Sequential(nn.Linear(2, 2))
+    handle = register_module_forward_hook(lambda module, _, output: 10 * output)
+    try:
+        with pytest.raises(UserError, match="certificates are without hooks for all modules"):
+            VERIFIERS[verifier].decide(network, torch.rand(1, 2), LABEL, 0.1, 1.0)
+    finally:
+        handle.remove()
+
+
+def test_rules_for_a_class_without_forward_are_for_any():
+    class Mixin:
+        pass
+
+    class Third(Mixin, nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 3
+
+    propagate.register(Mixin)(lambda _, box: Interval(box.center / 3, box.radius / 3))
+    rounding_error.register(Mixin)(lambda _, box: 1e-3 * box.magnitude)
+    assert bool(certified(nn.Sequential(Third()), torch.tensor([[0.9, 0.1]]), LABEL, 0.1))
+
+
+def test_a_difference_that_overflows_before_it_is_divided_proves_nothing():
+    wide = nn.Conv2d(1, 1, 1)
+    wide.weight.data.fill_(1e38)
+    wide.bias.data.zero_()
+    layers = [wide, Normalize([-2.9e38], [1e38]), nn.Hardtanh(0.0, 4.0), nn.Flatten()]
+    network = nn.Sequential(*layers, linear([[-1.0, 0.0], [0.0, 0.0]], [3.7, 0.0])).eval()
+    x, nearby = torch.tensor([[[[0.45, 0.1]]]]), torch.tensor([[[[0.53, 0.1]]]])
+    assert network(nearby).argmax(1) == 1
+    assert proofs(network, x, 0.1) == []
+
+
+def test_a_batch_norm_has_the_weight_that_its_forward_reads():
+    norm = nn.BatchNorm1d(2)
+    norm.weight.data.fill_(10.0)
+    norm.affine = False
+    network = nn.Sequential(norm).eval()
+    assert network(torch.tensor([[0.46, 0.54]])).argmax(1) == 1
+    assert proofs(network, torch.tensor([[0.6, 0.4]]), 0.15) == []
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, BatchNorm])
+def test_a_variance_that_overflows_with_its_eps_proves_nothing(kind):
+    norm = kind(2, eps=3e38)
+    norm.running_var.copy_(torch.tensor([3e38, -1e38]))
+    first = linear([[2.4e19, 0.0], [0.0, 1.4e19]], [0.0, 0.0])
+    last = linear([[1.0, 1.0], [0.0, 0.0]], [0.0, 0.5])
+    network = nn.Sequential(first, norm, nn.ReLU(), last).eval()
+    assert network(torch.tensor([[0.4, 0.45]])).argmax(1) == 1
+    assert proofs(network, torch.tensor([[0.5, 0.6]]), 0.2) == []
+
+
+def test_a_batch_norm_without_a_bias_has_bounds():
+    norm = nn.BatchNorm1d(2)
+    norm.bias = None
+    network = nn.Sequential(norm).eval()
+    assert set(proofs(network, torch.tensor([[0.9, 0.1]]), 0.1)) == set(VERIFIERS)
+
+
+@pytest.mark.parametrize("number", [np.longdouble(0.1), np.float64(0.1), 0.1, 2**24 + 1])
+def test_numbers_of_any_type_are_as_float32_has_them(number):
+    layer = given(nn.LeakyReLU(), "negative_slope", number)
+    expected = torch.tensor(float(number), dtype=torch.float32).item()
+    assert in_float64(layer).negative_slope == expected
+
+
+def test_buffers_that_no_state_has_count_too():
+    norm = nn.BatchNorm1d(2)
+    del norm.running_var
+    norm.register_buffer("running_var", torch.ones(2).half(), persistent=False)
+    for verifier in VERIFIERS.values():
+        with pytest.raises(UserError, match=r"running_var in torch\.float16"):
+            verifier.decide(nn.Sequential(norm).eval(), torch.rand(1, 2), LABEL, 0.1, 1.0)
+
+
+@pytest.mark.parametrize("beta", [0.0, math.inf, math.nan])
+def test_a_softplus_that_is_no_number_somewhere_is_refused(beta):
+    with pytest.raises(UnsupportedLayer, match="its beta is 0 or not finite"):
+        certified(nn.Sequential(nn.Softplus(beta)), torch.rand(1, 2), LABEL, 0.1)
+
+
+def test_a_radius_of_numpy_is_not_rounded_to_its_type():
+    x = torch.tensor([[0.25, 0.5]])
+    assert ball(x, np.float16(0.125)).radius.equal(ball(x, 0.125).radius)

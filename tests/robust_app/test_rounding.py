@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from robust_app.batch_norm import BatchNorm
 from robust_app.bounds import propagate
-from robust_app.certificates import in_float64
 from robust_app.interval import Interval
 from robust_app.layer_rules import UnsupportedLayer
 from robust_app.layers import ElementwiseAffine, Normalize
+from robust_app.plain_networks import in_float64
 from robust_app.rounding import OVERFLOW, UNITS, rounded, rounding_error
 
 IMAGE = (2, 4, 4)
