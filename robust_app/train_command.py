@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -88,7 +88,10 @@ def train(
         raise UserError("--resume: say which run with --run-dir")
     if distributed.will_restart() and run_dir is None:
         raise UserError("--run-dir: needed with --max-restarts, to find the run again")
-    directory = RunDirectory(run_dir or next_free(Path("runs"), _name(recipe, settings or [])))
+    if run_dir is None:
+        begun = _requested(None, recipe, settings or [], epochs, seed)
+        run_dir = next_free(Path("runs"), _name(recipe, begun))
+    directory = RunDirectory(run_dir)
     resume = resume or (distributed.restarted() and directory.config_file.exists())
     tensorboard = tensorboard or (resume and directory.events_folder.is_dir())
     if tensorboard:
@@ -162,10 +165,12 @@ def _instead(directory: RunDirectory, stored: Config, config: Config, epochs: in
     """What to do for a configuration that a run cannot be resumed with."""
     path = shlex.quote(str(directory.path))
     if epochs is not None and config == overrides.with_epochs(stored, epochs):
-        return (
-            "begin one where this is, with the rest of its schedule as it is: "
-            f"robust-app fork {path} --set epochs={epochs}"
-        )
+        with suppress(UserError):
+            forking.plan(directory, [f"epochs={epochs}"])
+            return (
+                "begin one where this is, with the rest of its schedule as it is: "
+                f"robust-app fork {path} --set epochs={epochs}"
+            )
     if any(getattr(stored, name) != getattr(config, name) for name in forking.FIXED):
         return "train another run from its start: no fork may differ in that either"
     return (
@@ -180,11 +185,10 @@ def _again(directory: RunDirectory) -> str:
     return f"continue with: {program} train --run-dir {path} --resume"
 
 
-def _name(recipe: str | None, settings: list[str]) -> str:
+def _name(recipe: str | None, config: Config) -> str:
     """Of a run's folder: its recipe's, or without one that of the data."""
-    data_sets = [text.partition("=")[2] for text in settings if text.startswith("dataset=")]
-    data_set = data_sets[-1] if data_sets else "digits"
-    return Path(recipe or data_set.rpartition(":")[2] or "digits").stem
+    kind, _, path = config.dataset.partition(":")
+    return Path(recipe or path or kind).stem or "run"
 
 
 def _requested(

@@ -136,11 +136,20 @@ def test_a_printed_recipe_trains(robust_app, tmp_path):
     assert "run directory: runs/mine-1" in out
 
 
-@pytest.mark.parametrize("given", ["mnist", "npz:./mnist.npz", "idx:data/mnist"])
-def test_a_run_without_a_recipe_is_named_by_its_data(robust_app, given, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "given",
+    ["dataset=mnist", "dataset=npz:./mnist.npz", "dataset=idx:data/mnist", "dataset = 'mnist'"],
+)
+def test_a_run_without_a_recipe_is_named_by_its_data(robust_app, given, monkeypatch):
     monkeypatch.setattr("robust_app.train_command.next_free", lambda _, name: pytest.fail(name))
     with pytest.raises(pytest.fail.Exception, match=r"^mnist$"):
-        robust_app("train", "--set", f"dataset={given}")
+        robust_app("train", "--set", given)
+
+
+def test_a_run_on_the_root_of_all_files_has_a_name(robust_app, monkeypatch):
+    monkeypatch.setattr("robust_app.train_command.next_free", lambda _, name: pytest.fail(name))
+    with pytest.raises(pytest.fail.Exception, match=r"^run$"):
+        robust_app("train", "--set", "dataset=idx:/")
 
 
 def test_printing_an_unknown_recipe_names_the_nearest(robust_app):

@@ -72,5 +72,7 @@ def test_torchrun_continues_the_run_that_it_starts_again(robust_app, finished_ru
     way_out = f"schedule as it is: robust-app fork {finished_run} --set epochs=90"
     again = ("train", "--resume", "--run-dir", finished_run)
     assert_refused(robust_app(*again, "--epochs", "90"), "--resume: the run has", way_out)
+    way_out = "train another run from its start"
+    assert_refused(robust_app(*again, "--epochs", "1"), "--resume: the run has", way_out)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert_refused(robust_app("train", *QUICK), "--run-dir: needed with --max-restarts")
