@@ -79,9 +79,7 @@ class Moments:
         Not in the paper: m of a gradient that vanished decays until float32 holds it no longer, and
         stops there, while v goes on; weights, which divide by v, would grow without bound.
         """
-        left = self._exp_avg_norms
-        if self.decay[0] > 0:  # else m is of the last step alone
-            left = torch.minimum(left, self._exp_avg_gramian.diagonal().sqrt())
+        left = torch.minimum(self._exp_avg_gramian.diagonal().sqrt(), self._exp_avg_norms)
         forgotten = left < self._exp_avgs.least
         self._exp_avg_norms.masked_fill_(forgotten, 0.0)
         self._exp_avg_gramian.masked_fill_(forgotten, 0.0).masked_fill_(forgotten[:, None], 0.0)

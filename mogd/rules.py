@@ -7,6 +7,7 @@ paper's own is in :mod:`mogd.bisector_projection`.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Complex, Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -134,8 +135,8 @@ class Constant(Rule):
     def __post_init__(self) -> None:
         given: Any = self.weights.tolist() if isinstance(self.weights, Tensor) else self.weights
         try:
-            complex_ = torch.as_tensor(given).is_complex()
-            weights = torch.as_tensor([] if complex_ else given, dtype=torch.float64)
+            real = not any(isinstance(each, Complex) > isinstance(each, Real) for each in given)
+            weights = torch.as_tensor(given if real else [], dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             weights = torch.tensor(torch.nan)
         if weights.dim() != 1 or weights.numel() == 0 or not weights.isfinite().all():

@@ -31,8 +31,11 @@ class Wrapper(Optimizer):
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base
+        options = set(base.defaults)
         # Hooks, as of an optimizer that was copied: __init__ would make groups and state, too.
         super().__setstate__({})
+        for added in base.defaults.keys() - options:  # by torch; the base may not know it
+            del base.defaults[added]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its past gradients count as zero."""

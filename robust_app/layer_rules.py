@@ -37,8 +37,14 @@ _CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 _SPECIAL = {*_CALLS, "__getattr__", "__getattribute__", "__iter__", "__len__", "__getitem__"}
 """Members with special names that an evaluation of a layer may read."""
 
-_IDLE = {"extra_repr", "reset_parameters"}
-"""Members that none reads."""
+_IDLE = {
+    *("extra_repr", "reset_parameters", "reset_running_stats", "_load_from_state_dict"),
+    *("_check_input_dim", "append", "extend", "insert", "pop"),
+}
+"""Members that none reads, or that can only refuse."""
+
+_NUMBERS = {"weight", "bias", "running_mean", "running_var"}
+"""What layers read beside what their classes list."""
 
 
 def is_plainly(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
@@ -76,17 +82,33 @@ def rule_owner(function: Any, layer: nn.Module) -> type:
 def overridden(layer: nn.Module, kind: type) -> set[str]:
     """By which members a layer may compute something else than its base class ``kind`` does.
 
-    Of those that ``kind`` has, its class or the layer itself has others; or its class has
-    properties, which may stand for numbers. Of a class that overrides ``forward``, see
+    Of the methods that ``kind`` has, its class or the layer itself has others; or its class has
+    properties for numbers that ``kind`` reads. Of a class that overrides ``forward``, see
     :func:`by_rule`.
     """
     mine = type(layer).__mro__[: type(layer).__mro__.index(kind)]
     others = [base for base in mine if base is not small_patches.Conv2d]
     members = {name: value for base in others for name, value in vars(base).items()}
-    of_kind = set().union(*(vars(base) for base in kind.__mro__ if base is not nn.Module))
-    read = {name for name in of_kind - _IDLE if not name.startswith("__")} | _SPECIAL
-    found = (members.keys() - {"forward"} | vars(layer).keys()) & read
-    return found | {name for name, value in members.items() if inspect.isdatadescriptor(value)}
+    methods = {
+        name
+        for base in _bases(kind)
+        for name, value in vars(base).items()
+        if callable(value) and not name.startswith("__")
+    }
+    properties = {name for name, value in members.items() if inspect.isdatadescriptor(value)}
+    own = members.keys() - {"forward"} | vars(layer).keys()
+    return own & (methods - _IDLE | _SPECIAL) | properties & numbers_of(kind)
+
+
+def numbers_of(kind: type) -> set[str]:
+    """What layers of a class read, as far as it is listed."""
+    constants = (vars(base).get("__constants__", ()) for base in _bases(kind))
+    annotated = (inspect.get_annotations(base) for base in _bases(kind))
+    return _NUMBERS.union(*constants, *annotated)
+
+
+def _bases(kind: type) -> list[type]:
+    return [base for base in kind.__mro__ if base not in (nn.Module, object)]
 
 
 def by_rule(function: Any, layer: nn.Module, *rest: Any) -> Any:

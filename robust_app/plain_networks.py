@@ -6,7 +6,7 @@ Their copies in float64 hold the same numbers: bounds are of these.
 import copy
 from collections.abc import Iterator
 from itertools import chain
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from robust_app.bounds import propagate
 from robust_app.errors import UserError
-from robust_app.layer_rules import overridden, rule_owner
+from robust_app.layer_rules import numbers_of, overridden, rule_owner
 
 
 def in_float64(network: nn.Module) -> nn.Module:
@@ -40,7 +40,13 @@ def in_float64(network: nn.Module) -> nn.Module:
     return exact
 
 
-def _in_float32(number: Real) -> float:
+def _in_float32(number: Real) -> Real | float:
+    """As float32 has it; integers stay such, and where they are no plain ones or huge, the same."""
+    if isinstance(number, int):
+        plain = type(number) is int and abs(number) < 2**100
+        return int(torch.tensor(float(number), dtype=torch.float32).item()) if plain else number
+    if isinstance(number, Integral):
+        return number
     return torch.tensor(float(number), dtype=torch.float32).item()
 
 
@@ -102,8 +108,9 @@ def _additions(layer: nn.Module) -> Iterator[str]:
         yield "parametrizations"
     if layer._compiled_call_impl is not None:
         yield "what .compile() made"
-    if tensors := [name for name, value in vars(layer).items() if isinstance(value, Tensor)]:
-        yield f"tensors that are neither parameters nor buffers ({', '.join(tensors)})"
     kind = rule_owner(propagate, layer)
+    tensors = [name for name in numbers_of(kind) if isinstance(vars(layer).get(name), Tensor)]
+    if tensors:
+        yield f"tensors that are neither parameters nor buffers ({', '.join(sorted(tensors))})"
     if kind is not object and (own := overridden(layer, kind)):
         yield f"members of its own ({', '.join(sorted(own))})"

@@ -335,13 +335,6 @@ def test_a_loss_is_as_new_right_after_it_was_forgotten(decay):
     assert_close(moments.gramian()[1, 1], new.gramian()[1, 1])
 
 
-def test_without_a_decay_of_gradients_a_step_without_one_is_not_the_end_of_the_norms():
-    p = parameter(2)
-    moments = Moments((0.0, 0.5), 1, CPU)
-    feed(moments, [{p: doubles(3, 4)}], [{}], [{p: doubles(3, 4)}])
-    assert_close(moments.norms(), doubles(5 * (0.125 + 0.5) / 0.875))
-
-
 @pytest.mark.parametrize("size", [1e-140, 1e-60])
 def test_small_gradients_in_float64_are_not_forgotten(size):
     p = parameter(2)

@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -51,7 +52,9 @@ def test_of_several_losses_the_conflicts_of_the_favoured_one_count():
     assert against(gramian(m), torch.tensor(1)).tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (2, -3), [0.25, 0.5, 0.25], (1e39, 0.1)])
+@pytest.mark.parametrize(
+    "weights", [(1.0,), (2, -3), [0.25, 0.5, 0.25], (1e39, 0.1), [Fraction(1, 2), 10**20]]
+)
 def test_constant_weighs_the_same_whatever_the_moments(weights):
     rule = Constant(weights)
     for m in (torch.zeros(len(weights), 2), torch.randn(len(weights), 2)):

@@ -520,6 +520,11 @@ def test_an_option_that_torch_adds_to_any_base_is_not_asked_of_a_state(copied):
     late.load_state_dict(both.state_dict())
 
 
+def test_wrapping_leaves_the_defaults_of_the_base():
+    base = UnbiasedMultiGradient([torch.nn.Parameter(torch.ones(1))], Plain, lr=0.1).base
+    assert base.defaults == {"lr": 0.1}
+
+
 def test_groups_and_state_stay_the_bases_whoever_replaces_them():
     model, optimizer = trained()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from typing import Generic, TypeVar
 
 import numpy as np
 import pytest
@@ -312,8 +313,15 @@ def test_layers_that_may_compute_anything_are_refused(how, verifier):
 
 
 def test_what_computes_the_same_is_no_addition():
-    class Plain(nn.Linear):
+    class Mixin:
+        __slots__ = ("note",)
+
+    class Plain(Mixin, Generic[TypeVar("T")], nn.Linear):
         constant: int = 3
+
+        @property
+        def device(self) -> torch.device:
+            return self.weight.device
 
         def reset_parameters(self) -> None:
             nn.init.eye_(self.weight)
@@ -321,7 +329,9 @@ def test_what_computes_the_same_is_no_addition():
         def helper(self) -> int:
             return 1
 
-    network, x = nn.Sequential(Plain(2, 2, bias=False)), torch.tensor([[0.9, 0.1]])
+    layer, x = Plain(2, 2, bias=False), torch.tensor([[0.9, 0.1]])
+    layer.seen, layer.seed, layer.huge = x.double(), 2**80 + 1, 10**400
+    network = nn.Sequential(layer)
     assert set(proofs(network, x, 0.1)) == set(VERIFIERS)
 
 
@@ -412,3 +422,22 @@ def test_a_softplus_that_is_no_number_somewhere_is_refused(beta):
 def test_a_radius_of_numpy_is_not_rounded_to_its_type():
     x = torch.tensor([[0.25, 0.5]])
     assert ball(x, np.float16(0.125)).radius.equal(ball(x, 0.125).radius)
+
+
+def test_a_default_of_a_users_own_layer_may_be_another():
+    class Scaled(nn.Module):
+        factor = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    @propagate.register
+    def _(layer: Scaled, box: Interval) -> Interval:
+        return Interval(layer.factor * box.center, layer.factor * box.radius)
+
+    @rounding_error.register
+    def _(layer: Scaled, box: Interval) -> Tensor:
+        return 1e-3 * box.magnitude
+
+    network = nn.Sequential(given(Scaled(), "factor", 2.0))
+    assert bool(certified(network, torch.tensor([[0.9, 0.1]]), LABEL, 0.1))
