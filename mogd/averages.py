@@ -95,11 +95,10 @@ class Averages:
             self._arrange(kept)
 
     def _include(self, parameters: Iterable[Tensor]) -> None:
-        """Give parameters that are new a past of zeros; keep up with those cast to another type."""
+        """Give parameters that are new a past of zeros; keep up where all were cast together."""
         new = [parameter for parameter in parameters if parameter not in self._parameters]
         pairs = zip(self._groups, self._vectors, strict=True)
-        cast = (_dtype(each) is not averages.dtype for group, averages in pairs for each in group)
-        if new or any(cast):
+        if new or any(_dtype(group[0]) is not averages.dtype for group, averages in pairs):
             self._arrange([*self._parameters, *new])
 
     def _arrange(self, parameters: Iterable[Tensor]) -> None:
