@@ -331,6 +331,7 @@ def test_what_computes_the_same_is_no_addition():
 
     layer, x = Plain(2, 2, bias=False), torch.tensor([[0.9, 0.1]])
     layer.seen, layer.seed, layer.huge = x.double(), 2**80 + 1, 10**400
+    layer.far = -layer.huge
     network = nn.Sequential(layer)
     assert set(proofs(network, x, 0.1)) == set(VERIFIERS)
 

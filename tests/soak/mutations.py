@@ -34,6 +34,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "margins": (),
     "rounding": (),
     "certificates": (),
+    "plain_networks": (),
     "relaxation": (),
     "pullback": (),
     "slopes": (),
